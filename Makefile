@@ -1,0 +1,83 @@
+PYTHON ?= python3
+VENV := .venv
+VISION := .venv-vision
+BIN := $(VENV)/bin
+JOBS ?= 2
+NAME ?= dfad
+SEEDS ?= 3
+PYTEST_ARGS ?=
+
+# Every extra but vision, whose torchvision breaks other packages beside a CPU-only torch.
+EXTRAS := augment,text,speech,diffusion,compress,federated,fair,tune,track,hub,export
+
+# Byte code is compiled at first import: of torch alone only a fraction is ever imported.
+INSTALL := -m pip --disable-pip-version-check install -qq --no-compile -c constraints.txt
+
+ifneq ($(wildcard .data),)
+export VESTIGE_DATA ?= $(CURDIR)/.data
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-vision lint bench clean distclean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+setup: $(VENV)/.base ## environment with the library and its base dependencies
+
+demo: $(VENV)/.base ## the main job on built-in real data; all a fresh machine needs
+	$(BIN)/vestige demo
+
+test: $(VENV)/.all ## every test that is not slow, gpu or optional
+	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.all ## the slow tests
+	$(BIN)/python -m pytest -n $(JOBS) -m "slow and not gpu and not optional" $(PYTEST_ARGS)
+
+test-vision: ## the vision adapter, in an environment of its own
+	@if ls tests/vision/test_*.py >/dev/null 2>&1; then \
+		$(MAKE) --no-print-directory $(VISION)/.all && \
+		$(VISION)/bin/python -m pytest -m optional tests/vision $(PYTEST_ARGS); \
+	else \
+		echo "The vision adapter has no tests yet: tests/vision holds no test file. Nothing was run."; \
+	fi
+
+lint: $(VENV)/.dev ## ruff, mypy, import order
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.all ## claim benchmark of one method: NAME=dfad SEEDS=3
+	$(BIN)/vestige bench claims $(NAME) --seeds $(SEEDS)
+
+clean: ## caches and build products; runs and environments stay
+	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name '.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## also the environments
+	rm -rf $(VENV) $(VISION)
+
+$(VENV)/bin/pip $(VISION)/bin/pip: %/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vestige needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $*
+
+$(VENV)/.base: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	@echo "Installing vestige and its base dependencies into $(VENV), about a minute ..."
+	@$(BIN)/python $(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	@echo "Installing vestige and the development tools into $(VENV), about a minute ..."
+	@$(BIN)/python $(INSTALL) -e '.[dev]'
+	@touch $(VENV)/.base $@
+
+$(VENV)/.all: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	@echo "Installing vestige, its extras and the development tools into $(VENV), about two minutes ..."
+	@$(BIN)/python $(INSTALL) -e '.[$(EXTRAS),dev]'
+	@touch $(VENV)/.base $(VENV)/.dev $@
+
+$(VISION)/.all: pyproject.toml constraints.txt | $(VISION)/bin/pip
+	@echo "Installing vestige with the vision extra into $(VISION), about a minute ..."
+	@$(VISION)/bin/python $(INSTALL) -e '.[vision,dev]'
+	@touch $@
