@@ -1,0 +1,1 @@
+"""Contracts that every room of the house shares; imports no method and no modality."""

@@ -1,0 +1,41 @@
+"""Train and eval mode that respect what the user froze."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import nn
+
+
+def train_mode(module: nn.Module) -> None:
+    """Put `module` into train mode, but leave frozen layers as they are.
+
+    A layer is frozen when it is in eval mode and none of its own weights takes a gradient although
+    it has some: a BatchNorm that somebody froze keeps its statistics.
+    """
+    for layer in module.modules():
+        own = list(layer.parameters(recurse=False))
+        if layer.training or not own or any(weight.requires_grad for weight in own):
+            layer.training = True
+
+
+def flags(module: nn.Module) -> dict[str, bool]:
+    """The training flag of every sub-module by name."""
+    return {name: layer.training for name, layer in module.named_modules()}
+
+
+def set_flags(module: nn.Module, saved: Mapping[str, bool]) -> None:
+    """Put the flags back to what `flags` returned."""
+    for name, layer in module.named_modules():
+        if name in saved:
+            layer.training = saved[name]
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards each sub-module's own flag as before."""
+    saved = flags(module)
+    module.eval()
+    try:
+        yield
+    finally:
+        set_flags(module, saved)

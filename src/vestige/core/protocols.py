@@ -1,0 +1,275 @@
+"""Interfaces between the rooms; nothing here is inherited from, everything is structural."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from vestige.core.schedules import Schedule
+from vestige.core.types import (
+    Access,
+    Batch,
+    InputSpec,
+    Loss,
+    Prediction,
+    Requires,
+    Result,
+    Role,
+    Step,
+)
+
+LossFn = Callable[[Any, Batch], Loss]
+OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything whose state belongs into a checkpoint."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> Any: ...
+
+
+@runtime_checkable
+class Sharded(Protocol):
+    """A part that only ever grows: shard i never changes once it exists.
+
+    A checkpoint writes each shard once and afterwards holds only the list of them.
+    """
+
+    def shard_count(self) -> int: ...
+
+    def shard(self, index: int) -> Mapping[str, Tensor]: ...
+
+    def load_shards(self, shards: Iterable[Mapping[str, Tensor]], /) -> None: ...
+
+
+class Teacher(Protocol):
+    """A frozen network, as far as its access level shows it."""
+
+    access: Access
+
+    def __call__(self, inputs: Tensor) -> Prediction: ...
+
+
+class Source(Protocol):
+    """Where inputs come from that are not made by the method itself.
+
+    Attributes:
+        origin: "noise", "generator", "foreign", "unlabelled", "client-private" or "real".
+        name: what is shown to the user and written into the run record.
+        paths: files or folders that it may open while the method runs.
+    """
+
+    origin: str
+    name: str
+    paths: tuple[Path, ...]
+
+    def draw(self, count: int, rng: torch.Generator) -> Tensor:
+        """`count` inputs in the teacher's normalised space, (count, ...), no gradient."""
+        ...
+
+
+class Task(Protocol):
+    """What an input is and how an answer is judged."""
+
+    kind: str
+    spec: InputSpec
+    num_classes: int
+    metric: str
+
+    def evaluate(self, model: nn.Module, data: Any) -> Mapping[str, float]:
+        """Metrics of `model` on `data`, `metric` among them; restores the training flags."""
+        ...
+
+
+@dataclass
+class Progress:
+    """How far a run is; schedules and methods read it, the trainer writes it.
+
+    Attributes:
+        loop: name of the loop that runs, "" before the first.
+        round: finished rounds of that loop.
+        rounds: all rounds of that loop.
+        steps: optimizer steps of the whole run.
+        finished: rounds of each loop that is over.
+    """
+
+    loop: str = ""
+    round: int = 0
+    rounds: int = 0
+    steps: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def fraction(self) -> float:
+        """Share of the running loop's rounds that is finished, in [0, 1]."""
+        return self.round / self.rounds if self.rounds else 0.0
+
+
+class Context(Protocol):
+    """What a method may ask of whoever runs it."""
+
+    rng: torch.Generator
+    progress: Progress
+    device: torch.device
+
+    def generator(self, name: str) -> torch.Generator:
+        """A stream of randomness that does not disturb `rng`; saved with the run."""
+        ...
+
+    def rounds(self, name: str, n: int) -> Iterator[int]:
+        """The named loop's round numbers; skips what a resumed run has done already."""
+        ...
+
+    def optimizer(
+        self,
+        name: str,
+        params: Iterable[nn.Parameter],
+        factory: OptimizerFactory,
+        schedule: Schedule | None = None,
+        *,
+        fresh: bool = False,
+    ) -> Optimizer:
+        """An optimizer that is saved with the run, or a `fresh` one that lives within a round."""
+        ...
+
+    def update(
+        self,
+        role: Role,
+        model: nn.Module,
+        loss_fn: LossFn,
+        batch: Batch,
+        *optimizers: Optimizer,
+        clip: float | None = None,
+        accumulate: int = 1,
+    ) -> Step:
+        """One optimizer step on `loss_fn(model, batch)`."""
+        ...
+
+    def apply(
+        self, role: Role, grads: Mapping[nn.Parameter, Tensor], *optimizers: Optimizer
+    ) -> Step:
+        """One optimizer step on gradients that the paper forms itself."""
+        ...
+
+
+class Method(Protocol):
+    """A published system: its file holds `Config`, this class and the paper's loop."""
+
+    Config: type[BaseModel]
+    requires: Requires
+
+    def __init__(
+        self,
+        cfg: Any,
+        task: Task,
+        teachers: Sequence[Teacher],
+        student: nn.Module,
+        sources: Mapping[str, Source],
+    ) -> None:
+        """Builds its parts; draws nothing."""
+        ...
+
+    def parts(self) -> Mapping[str, Stateful | Sharded]:
+        """Everything with state, by name."""
+        ...
+
+    def run(self, ctx: Context) -> Iterator[Step]:
+        """The algorithm; yields after each optimizer step."""
+        ...
+
+    def result(self) -> Result:
+        """What the user gets."""
+        ...
+
+    def passes(self, cfg: Any) -> Mapping[str, float]:
+        """Passes of each network per round, the ones that the algorithm cannot avoid."""
+        ...
+
+
+@dataclass(frozen=True)
+class StudentUpdate:
+    """What a gradient plug-in may work with.
+
+    Attributes:
+        model: the live student.
+        loss_fn: the method's loss; pure, so it can be called at other weights and on other batches.
+        batch: the batch of this update, after every plug-in's `student_batch`.
+        params: the parameters that this update moves, by name.
+    """
+
+    model: nn.Module
+    loss_fn: LossFn
+    batch: Batch
+    params: Mapping[str, nn.Parameter]
+
+
+@runtime_checkable
+class SourceTerms(Protocol):
+    """A plug-in that adds terms to the loss of role "source"."""
+
+    def source_terms(self, loss: Loss, batch: Batch) -> Mapping[str, Tensor]:
+        """Further terms, each already weighted; gradient flows through `loss.inputs`."""
+        ...
+
+
+@runtime_checkable
+class StudentBatch(Protocol):
+    """A plug-in that weights or drops rows before the student sees them."""
+
+    def student_batch(self, batch: Batch) -> Batch:
+        """`batch.weighted(...)`, `batch.rows(...)` or the batch as it is."""
+        ...
+
+
+@runtime_checkable
+class StudentGradient(Protocol):
+    """A plug-in that wraps the student's gradient; nests in command-line order, first outermost."""
+
+    def student_gradient(self, update: StudentUpdate, following: Callable[[], Loss]) -> Loss:
+        """Leave the gradient in `.grad` of `update.params`.
+
+        Args:
+            update: model, loss, batch and parameters.
+            following: leaves the inner gradient in `.grad` and returns its loss, without graph.
+        """
+        ...
+
+
+@runtime_checkable
+class StudentOptimizers(Protocol):
+    """A plug-in that steps the student with an optimizer of its own, for example late in a run."""
+
+    def student_optimizers(self, given: Sequence[Optimizer]) -> Sequence[Optimizer]:
+        """The optimizers to step instead of `given`, over parameters of the student."""
+        ...
+
+
+class Plugin(Protocol):
+    """Wraps updates of any method.
+
+    Besides what is listed here it has one or more of the hooks `source_terms`, `student_batch`,
+    `student_gradient` and `student_optimizers`.
+    """
+
+    Config: type[BaseModel]
+    requires: Requires
+
+    def __init__(self, cfg: Any) -> None: ...
+
+    def setup(
+        self, task: Task, teachers: Sequence[Teacher], student: nn.Module, ctx: Context
+    ) -> None:
+        """Called once before the method runs; asks for its optimizers here."""
+        ...
+
+    def parts(self) -> Mapping[str, Stateful | Sharded]:
+        """Everything with state, by name."""
+        ...

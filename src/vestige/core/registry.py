@@ -1,0 +1,81 @@
+"""Find methods and plug-ins by scanning a package; there is no central list."""
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from importlib.metadata import entry_points
+from typing import Any
+
+from vestige.errors import ContractError, RecipeError
+
+
+class Registry:
+    """What a package offers, one class per module, plus entry points of other distributions.
+
+    A module `pre_dfkd.py` offers the name `pre-dfkd`. Names are listed without importing anything;
+    a class is imported when it is asked for.
+    """
+
+    def __init__(self, package: str, *, kind: str, group: str, marks: tuple[str, ...]) -> None:
+        """Scan `package`.
+
+        Args:
+            package: dotted name of the package whose modules are scanned.
+            kind: what the entries are called in messages.
+            group: entry-point group of other distributions.
+            marks: attributes that tell the class from its helpers.
+        """
+        self.kind = kind
+        self._package = package
+        self._group = group
+        self._marks = marks
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted({*self._modules(), *self._entry_points()})
+
+    def get(self, name: str) -> Any:
+        """The class that `name` stands for.
+
+        Raises:
+            RecipeError: there is none; names the nearest.
+        """
+        modules = self._modules()
+        if name in modules:
+            return self._class_in(importlib.import_module(modules[name]))
+        foreign = self._entry_points()
+        if name in foreign:
+            return foreign[name].load()
+        near = difflib.get_close_matches(name, self.names(), 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise RecipeError(
+            f"got {self.kind} {name!r}, expected one of {', '.join(self.names())}; "
+            f"{hint}See 'vestige list {self.kind}s'."
+        )
+
+    def _modules(self) -> dict[str, str]:
+        package = importlib.import_module(self._package)
+        return {
+            info.name.replace("_", "-"): f"{self._package}.{info.name}"
+            for info in pkgutil.iter_modules(package.__path__)
+            if not info.name.startswith("_")
+        }
+
+    def _entry_points(self) -> dict[str, Any]:
+        return {point.name: point for point in entry_points(group=self._group)}
+
+    def _class_in(self, module: Any) -> Any:
+        found = [
+            value
+            for value in vars(module).values()
+            if inspect.isclass(value)
+            and value.__module__ == module.__name__
+            and all(hasattr(value, mark) for mark in self._marks)
+        ]
+        if len(found) != 1:
+            raise ContractError(
+                f"{module.__name__} holds {len(found)} classes with {', '.join(self._marks)}, "
+                f"expected exactly one {self.kind}"
+            )
+        return found[0]

@@ -1,0 +1,60 @@
+"""The exceptions that vestige raises.
+
+A message has three parts: what was got, what was expected, what to do.
+"""
+
+
+class VestigeError(Exception):
+    """Base of every error that vestige raises on purpose."""
+
+
+class RecipeError(VestigeError, ValueError):
+    """A recipe, a preset or an override is not valid; lists every mistake that was found."""
+
+
+class DataError(VestigeError, ValueError):
+    """A data set is missing or is not in the documented layout."""
+
+
+class TeacherError(VestigeError, ValueError):
+    """A teacher cannot be loaded or does not fit the task."""
+
+
+class NoBatchNormError(TeacherError):
+    """A method needs stored BatchNorm statistics and the teacher has none."""
+
+
+class AccessError(TeacherError):
+    """Something was asked of a teacher that its access level does not offer."""
+
+
+class QueryBudgetExceeded(TeacherError):
+    """A black-box teacher was asked more often than its budget allows."""
+
+
+class ShapeError(VestigeError, ValueError):
+    """A tensor's shape does not fit what was declared."""
+
+
+class ContractError(VestigeError, RuntimeError):
+    """A method or a plug-in broke a rule that training and resuming rely on."""
+
+
+class RealDataError(VestigeError, PermissionError):
+    """Code that must work without data opened a data file while it ran."""
+
+
+class MissingExtraError(VestigeError, ImportError):
+    """An optional package is needed; the message holds the one pip command."""
+
+
+class CheckpointError(VestigeError, ValueError):
+    """A checkpoint is damaged or belongs to another run."""
+
+
+class NonFiniteLossError(VestigeError, ArithmeticError):
+    """A loss became NaN or infinite."""
+
+
+class Interrupted(VestigeError):
+    """The run was stopped from outside; it can be resumed."""
