@@ -1,0 +1,64 @@
+"""What the teacher's answers to good inputs look like: confident, balanced, strongly activated."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from vestige.errors import RecipeError
+
+
+def one_hot_loss(logits: Float[Tensor, "batch classes *positions"]) -> Float[Tensor, " batch"]:
+    """Cross-entropy of the teacher's logits with their own argmax (DAFL, arXiv 1904.01186).
+
+    Args:
+        logits: of the teacher, (B, K) or (B, K, H, W), class axis 1, with gradient to the inputs.
+
+    Returns:
+        (B,), from 0 (one class has all the mass) to log K (uniform); mean over positions if there
+        are any. The argmax is a constant: no gradient flows through the choice of the class.
+    """
+    losses = F.cross_entropy(logits, logits.argmax(1), reduction="none")
+    return losses.unsqueeze(-1).flatten(1).mean(1)
+
+
+def class_balance_loss(
+    logits: Float[Tensor, "batch classes *positions"], *, base: float = math.e
+) -> Float[Tensor, ""]:
+    """Negative entropy of the mean prediction, sum_k pbar_k log pbar_k (DAFL, arXiv 1904.01186).
+
+    Args:
+        logits: of the teacher, (B, K) or (B, K, H, W), class axis 1, with gradient to the inputs.
+        base: of the logarithm, above 1. DAFL's and PRE-DFKD's code use 10, DataFree uses e; the
+            weight that goes with one is log(10) = 2.3 times too small or large for the other.
+
+    Returns:
+        Scalar (), from -log K (pbar uniform) to 0 (one class only); pbar is the mean over batch
+        and positions, the sum runs over classes. It is a statement about a batch, so there is no
+        per-sample form.
+
+    Raises:
+        RecipeError: `base` is not above 1.
+    """
+    if not base > 1:
+        raise RecipeError(
+            f"got base {base}, expected a value above 1; use 10 for DAFL's code, e otherwise"
+        )
+    log_probs = F.log_softmax(logits, 1).movedim(1, -1).flatten(0, -2)
+    # In log space: p log p through softmax has a NaN gradient once a class underflows to 0.
+    log_mean = torch.logsumexp(log_probs, 0) - math.log(log_probs.shape[0])
+    return (log_mean.exp() * log_mean).sum() / math.log(base)
+
+
+def activation_loss(features: Float[Tensor, "batch *rest"]) -> Float[Tensor, " batch"]:
+    """Negative mean absolute feature: real inputs activate a trained teacher strongly (DAFL).
+
+    Args:
+        features: of the teacher before its last layer, (B, F) or (B, F, ...), with gradient.
+
+    Returns:
+        (B,), at most 0; mean over everything but the batch.
+    """
+    return -features.abs().flatten(1).mean(1)

@@ -1,0 +1,74 @@
+"""Distance between the statistics that inputs cause and those a teacher has stored."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vestige.errors import RecipeError, ShapeError
+
+
+class Stats(NamedTuple):
+    """Mean and variance of one layer's input, per channel.
+
+    Attributes:
+        mean: (C,).
+        var: (C,), biased when observed on a batch; as stored by torch otherwise.
+    """
+
+    mean: Tensor
+    var: Tensor
+
+
+def bn_statistics_loss(
+    observed: Sequence[Stats], stored: Sequence[Stats], *, norm: str = "l2"
+) -> Float[Tensor, ""]:
+    """Distance between batch statistics of synthetic inputs and stored BatchNorm statistics.
+
+    Args:
+        observed: per layer mean and biased variance, each (C,), with gradient.
+        stored: running mean and variance, each (C,), no gradient.
+        norm: "l2" adds ||mean - mean||_2 + ||var - var||_2, neither squared nor divided by C
+            (DeepInversion, arXiv 1912.08795, eq. 4); "mse" adds the mean squared differences, which
+            fades near the target and weights wide layers no more than narrow ones.
+
+    Returns:
+        Scalar (), at least 0; sum over layers, not divided by their number. A layer whose
+        statistics are met exactly adds 0 with gradient 0.
+
+    Raises:
+        RecipeError: unknown norm.
+        ShapeError: no layers, a different number of layers, or a layer whose C differs.
+    """
+    if norm not in ("l2", "mse"):
+        raise RecipeError(
+            f"got norm {norm!r}, expected 'l2' or 'mse'; DeepInversion and DataFree use 'l2'"
+        )
+    if not observed or len(observed) != len(stored):
+        raise ShapeError(
+            f"got statistics of {len(observed)} observed and {len(stored)} stored layers, expected "
+            "the same number, at least 1; read both from one BatchNormProbe"
+        )
+    terms = []
+    for index, (seen, kept) in enumerate(zip(observed, stored, strict=True)):
+        if seen.mean.shape != kept.mean.shape or seen.var.shape != kept.var.shape:
+            raise ShapeError(
+                f"got at layer {index} an observed mean and variance of shapes "
+                f"{tuple(seen.mean.shape)} and {tuple(seen.var.shape)}, expected the stored "
+                f"{tuple(kept.mean.shape)} and {tuple(kept.var.shape)}; read both from one "
+                "BatchNormProbe, in one order"
+            )
+        terms.append(_distance(seen.mean, kept.mean, norm) + _distance(seen.var, kept.var, norm))
+    return torch.stack(terms).sum()
+
+
+def _distance(seen: Tensor, kept: Tensor, norm: str) -> Tensor:
+    difference = seen - kept
+    if norm == "mse":
+        return difference.square().mean()
+    # vector_norm defines its gradient at exactly 0 as 0, where sqrt(sum of squares) gives NaN; an
+    # eps under the root would instead shift every value and flatten the gradient near the target.
+    distance: Tensor = torch.linalg.vector_norm(difference)
+    return distance

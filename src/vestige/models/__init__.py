@@ -1,0 +1,1 @@
+"""Networks: classifiers, generators and the probes that read them."""

@@ -1,0 +1,175 @@
+"""Networks that turn noise into images."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vestige.errors import RecipeError, ShapeError
+
+
+class UpsampleGenerator(nn.Module):
+    """Noise to images by two nearest-neighbour upsamplings (DFAD's generator A; also DAFL, ZSKT).
+
+    Linear to 2w x H/4 x W/4, BN; twice: upsample, 3x3 convolution, BN, LeakyReLU; 3x3 convolution
+    to C; head. Convolutions and the linear layer have biases; default torch initialisation.
+
+    Attributes:
+        latent_dim: Z, number of noise values per image.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        channels: int,
+        size: int | tuple[int, int],
+        *,
+        width: int = 64,
+        head: str = "tanh_bn",
+        slope: float = 0.2,
+        inner_eps: float = 1e-5,
+    ) -> None:
+        """Builds the layers.
+
+        Args:
+            latent_dim: Z. 100 (MNIST) or 256 (CIFAR) in DFAD, 1000 in DAFL.
+            channels: C of the image.
+            size: side or (H, W), both divisible by 4.
+            width: w, channels of the last hidden map; the first ones have 2w. Cost grows with w^2.
+            head: "tanh_bn" ends in Tanh and an affine-free BN, so each channel of a training batch
+                has mean 0 and variance 1: inputs of the teacher, do not normalise them again.
+                "sigmoid" gives images in [0, 1], to be normalised. "bn" is an affine BN on the
+                unbounded convolution (ZSKT), also inputs of the teacher.
+            slope: of the LeakyReLUs for negative values.
+            inner_eps: eps of the two BNs after convolutions. DAFL's code has 0.8 there, meant as a
+                momentum; it damps the normalisation of channels with little variance.
+
+        Raises:
+            RecipeError: unknown head.
+            ShapeError: a side is not a positive multiple of 4.
+        """
+        super().__init__()
+        height, breadth = (size, size) if isinstance(size, int) else size
+        if height < 4 or breadth < 4 or height % 4 or breadth % 4:
+            raise ShapeError(
+                f"got image size {height}x{breadth}, expected multiples of 4; resize to "
+                f"{max(4, height // 4 * 4)}x{max(4, breadth // 4 * 4)}"
+            )
+        heads: dict[str, list[nn.Module]] = {
+            "tanh_bn": [nn.Tanh(), nn.BatchNorm2d(channels, affine=False)],
+            "sigmoid": [nn.Sigmoid()],
+            "bn": [nn.BatchNorm2d(channels)],
+        }
+        if head not in heads:
+            raise RecipeError(
+                f"got generator head {head!r}, expected one of {', '.join(heads)}; DFAD: tanh_bn"
+            )
+        self.latent_dim = latent_dim
+        start = (2 * width, height // 4, breadth // 4)
+        self.project = nn.Sequential(
+            nn.Linear(latent_dim, start[0] * start[1] * start[2]),
+            nn.Unflatten(1, start),
+            nn.BatchNorm2d(2 * width),
+        )
+        self.blocks = nn.Sequential(
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+            nn.BatchNorm2d(2 * width, eps=inner_eps),
+            nn.LeakyReLU(slope),
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(2 * width, width, 3, padding=1),
+            nn.BatchNorm2d(width, eps=inner_eps),
+            nn.LeakyReLU(slope),
+        )
+        self.head = nn.Sequential(nn.Conv2d(width, channels, 3, padding=1), *heads[head])
+
+    def forward(self, latent: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch c h w"]:
+        """Noise (B, Z) to (B, C, H, W), range as the head says; gradient flows to the noise.
+
+        In training mode BN ties the images of one batch together: two batches of B are not one
+        batch of 2B.
+        """
+        images: Tensor = self.head(self.blocks(self.project(latent)))
+        return images
+
+
+class DCGANGenerator(nn.Module):
+    """Noise to images by transposed convolutions (DFAD's generator B).
+
+    Linear to a map whose shorter side is 8, BN; then n times ConvTranspose 4/2/1 (no bias), BN,
+    LeakyReLU; 3x3 convolution to C, Tanh. n is the number of doublings from 8 to the shorter side.
+    Counted from the image, the inputs of the transposed convolutions have w, 2w, 4w and from then
+    on 8w channels, so 128 pixels give the paper's 8w, 4w, 2w, w, w and 32 pixels 2w, w, w.
+
+    Attributes:
+        latent_dim: Z, number of noise values per image.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        channels: int,
+        size: int | tuple[int, int],
+        *,
+        width: int = 64,
+        slope: float = 0.2,
+    ) -> None:
+        """Builds and initialises: weights N(0, 0.02), BN weights N(1, 0.02), biases 0.
+
+        Args:
+            latent_dim: Z, 256 in DFAD.
+            channels: C of the image.
+            size: side or (H, W); the shorter side is 8 * 2^n with n >= 1 (16, 32, 64, 128, ...) and
+                2^n divides the longer one.
+            width: w, channels of the last hidden map. Cost grows with w^2.
+            slope: of the LeakyReLUs for negative values.
+
+        Raises:
+            ShapeError: the size does not fit the rule above.
+        """
+        super().__init__()
+        height, breadth = (size, size) if isinstance(size, int) else size
+        doublings = max(min(height, breadth) // 8, 1).bit_length() - 1
+        scale = 2**doublings
+        if not doublings or min(height, breadth) != 8 * scale or max(height, breadth) % scale:
+            raise ShapeError(
+                f"got image size {height}x{breadth}, expected a shorter side of 16, 32, 64, 128, "
+                "... and a longer side that halves as often; resize, or take the generator "
+                "'upsample', which needs multiples of 4 only"
+            )
+        self.latent_dim = latent_dim
+        inputs = [width * min(8, 2**step) for step in reversed(range(doublings))]
+        start = (inputs[0], height // scale, breadth // scale)
+        self.project = nn.Sequential(
+            nn.Linear(latent_dim, start[0] * start[1] * start[2]),
+            nn.Unflatten(1, start),
+            nn.BatchNorm2d(start[0]),
+        )
+        blocks: list[nn.Module] = []
+        for before, after in zip(inputs, [*inputs[1:], width], strict=True):
+            blocks += [
+                nn.ConvTranspose2d(before, after, 4, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.LeakyReLU(slope),
+            ]
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Sequential(nn.Conv2d(width, channels, 3, padding=1), nn.Tanh())
+        self.apply(_dcgan_init)
+
+    def forward(self, latent: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch c h w"]:
+        """Noise (B, Z) to (B, C, H, W) in [-1, 1]; gradient flows to the noise.
+
+        The range equals data normalised with mean 0.5 and std 0.5; a teacher with other statistics
+        needs (images + 1) / 2 normalised with its own.
+        """
+        images: Tensor = self.head(self.blocks(self.project(latent)))
+        return images
+
+
+def _dcgan_init(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+    else:
+        return
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,97 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from vestige.errors import RecipeError
+from vestige.losses.prior import activation_loss, class_balance_loss, one_hot_loss
+
+
+def draw(*shape: int) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(0)
+    return 2 * torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+
+def softmax(row: np.ndarray) -> np.ndarray:
+    weights = np.exp(row - row.max())
+    return weights / weights.sum()
+
+
+def test_one_hot_is_the_negative_log_of_the_largest_probability():
+    logits = draw(6, 5)
+    slow = [-math.log(softmax(row).max()) for row in logits.numpy()]
+    np.testing.assert_allclose(one_hot_loss(logits).numpy(), slow, rtol=1e-12)
+
+
+def test_one_hot_runs_from_zero_to_log_k():
+    assert one_hot_loss(torch.tensor([[80.0, 0.0, 0.0]])).item() == 0
+    assert one_hot_loss(torch.zeros(1, 3)).item() == pytest.approx(math.log(3))
+
+
+def test_one_hot_descent_raises_the_class_that_leads():
+    logits = draw(6, 5).requires_grad_()
+    one_hot_loss(logits).sum().backward()
+    probs = logits.detach().softmax(1)
+    expected = probs - torch.nn.functional.one_hot(probs.argmax(1), 5)
+    torch.testing.assert_close(logits.grad, expected)
+
+
+@pytest.mark.parametrize("base", [math.e, 10.0])
+def test_class_balance_is_lowest_when_classes_take_turns(base):
+    turns = 60 * torch.eye(4, dtype=torch.float64)
+    one_class = turns[:1].repeat(4, 1)
+    lowest = class_balance_loss(turns, base=base).item()
+    assert lowest == pytest.approx(-math.log(4, base), rel=1e-12)
+    assert class_balance_loss(one_class, base=base).item() == pytest.approx(0, abs=1e-12)
+    assert lowest < class_balance_loss(draw(9, 4), base=base).item() < 0
+
+
+def test_class_balance_agrees_with_its_sum():
+    logits = draw(6, 5)
+    mean = np.mean([softmax(row) for row in logits.numpy()], axis=0)
+    slow = sum(p * math.log(p) for p in mean)
+    assert class_balance_loss(logits).item() == pytest.approx(slow, rel=1e-12)
+
+
+def test_class_balance_is_about_the_batch_not_the_sample():
+    # Each sample is sure of one class, so a mean of per-sample entropies would be 0.
+    sure = torch.tensor([[60.0, 0.0], [0.0, 60.0]])
+    assert class_balance_loss(sure).item() == pytest.approx(-math.log(2))
+
+
+def test_class_balance_has_a_finite_gradient_where_a_class_underflows():
+    logits = torch.tensor([[0.0, 1.0, -1e4], [3.0, 1.0, -1e4]], requires_grad=True)
+    loss = class_balance_loss(logits)
+    loss.backward()
+    assert (logits.detach().softmax(1)[:, 2] == 0).all()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(logits.grad).all()
+    assert logits.grad[:, :2].abs().min() > 1e-3
+
+
+def test_dense_logits_are_a_batch_of_positions():
+    dense = draw(3, 4, 2, 5)
+    rows = dense.movedim(1, -1).reshape(-1, 4)
+    torch.testing.assert_close(class_balance_loss(dense), class_balance_loss(rows))
+    torch.testing.assert_close(one_hot_loss(dense), one_hot_loss(rows).reshape(3, 10).mean(1))
+
+
+def test_activation_is_the_negative_mean_of_sizes():
+    features = torch.tensor([[1.0, -3.0], [0.0, 5.0]], requires_grad=True)
+    loss = activation_loss(features)
+    assert loss.tolist() == [-2.0, -2.5]
+    loss.sum().backward()
+    assert features.grad.tolist() == [[-0.5, 0.5], [0.0, -0.5]]
+    maps = features.detach().reshape(2, 1, 2, 1)
+    assert torch.equal(activation_loss(maps), loss)
+
+
+@pytest.mark.parametrize("loss", [one_hot_loss, class_balance_loss, activation_loss])
+def test_gradients_are_those_of_the_value(loss):
+    assert torch.autograd.gradcheck(loss, (draw(3, 4, 2).requires_grad_(),))
+
+
+def test_a_base_that_is_no_base_is_refused():
+    with pytest.raises(RecipeError, match="got base 1"):
+        class_balance_loss(draw(2, 3), base=1.0)

@@ -1,0 +1,95 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from vestige.errors import RecipeError, ShapeError
+from vestige.losses.statistics import Stats, bn_statistics_loss
+
+
+def draw(*channels: int, seed: int) -> list[Stats]:
+    rng = torch.Generator().manual_seed(seed)
+    return [
+        Stats(
+            torch.randn(c, generator=rng, dtype=torch.float64),
+            torch.rand(c, generator=rng, dtype=torch.float64),
+        )
+        for c in channels
+    ]
+
+
+def test_a_shift_of_the_mean_costs_its_size_times_root_c():
+    (stored,) = draw(9, seed=0)
+    observed = Stats(stored.mean + 0.7, stored.var)
+    loss = bn_statistics_loss([observed], [stored])
+    assert loss.item() == pytest.approx(0.7 * math.sqrt(9), rel=1e-12)
+
+
+def test_l2_agrees_with_the_sum_of_norms_over_layers():
+    observed, stored = draw(3, 8, 5, seed=0), draw(3, 8, 5, seed=1)
+    slow = 0.0
+    for seen, kept in zip(observed, stored, strict=True):
+        for a, b in zip(seen, kept, strict=True):
+            slow += math.sqrt(
+                sum((x - y) ** 2 for x, y in zip(a.tolist(), b.tolist(), strict=True))
+            )
+    assert bn_statistics_loss(observed, stored).item() == pytest.approx(slow, rel=1e-12)
+
+
+def test_mse_averages_squares_within_a_layer_and_sums_layers():
+    observed, stored = draw(3, 8, seed=0), draw(3, 8, seed=1)
+    slow = sum(
+        np.square((a - b).numpy()).mean()
+        for seen, kept in zip(observed, stored, strict=True)
+        for a, b in zip(seen, kept, strict=True)
+    )
+    assert bn_statistics_loss(observed, stored, norm="mse").item() == pytest.approx(slow, rel=1e-12)
+
+
+def test_a_layer_at_its_target_adds_neither_loss_nor_gradient():
+    met, missed = draw(4, 4, seed=0)
+    mean = met.mean.clone().requires_grad_()
+    var = met.var.clone().requires_grad_()
+    other = (missed.mean + 1).requires_grad_()
+    loss = bn_statistics_loss([Stats(mean, var), Stats(other, missed.var)], [met, missed])
+    loss.backward()
+    assert loss.item() == pytest.approx(2.0, rel=1e-12)
+    assert not mean.grad.any()
+    assert not var.grad.any()
+    torch.testing.assert_close(other.grad, torch.full((4,), 0.5, dtype=torch.float64))
+
+
+def test_only_exactly_zero_is_guarded():
+    # With an eps under the root the gradient this close to the target would be far from unit size.
+    (stored,) = draw(1, seed=0)
+    mean = (stored.mean + 1e-9).requires_grad_()
+    bn_statistics_loss([Stats(mean, stored.var)], [stored]).backward()
+    assert mean.grad.item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("norm", ["l2", "mse"])
+def test_gradient_reaches_mean_and_variance(norm):
+    (stored,) = draw(4, seed=1)
+
+    def loss(mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
+        return bn_statistics_loss([Stats(mean, var)], [stored], norm=norm)
+
+    seen = [value.requires_grad_() for value in draw(4, seed=0)[0]]
+    assert torch.autograd.gradcheck(loss, seen)
+    assert all(grad.abs().min() > 0 for grad in torch.autograd.grad(loss(*seen), seen))
+
+
+def test_mismatches_name_the_layer():
+    # (1,) against (4,) would broadcast silently.
+    with pytest.raises(ShapeError, match=r"got at layer 1 .*\(1,\).*expected .*\(4,\).*read both"):
+        bn_statistics_loss(draw(3, 1, seed=0), draw(3, 4, seed=1))
+    with pytest.raises(ShapeError, match="got statistics of 1 observed and 2 stored"):
+        bn_statistics_loss(draw(3, seed=0), draw(3, 4, seed=1))
+    with pytest.raises(ShapeError, match="at least 1"):
+        bn_statistics_loss([], [])
+
+
+def test_an_unknown_norm_is_refused():
+    with pytest.raises(RecipeError, match=r"got norm 'l1'.*'l2' or 'mse'"):
+        bn_statistics_loss(draw(3, seed=0), draw(3, seed=1), norm="l1")

@@ -1,0 +1,101 @@
+import pytest
+import torch
+
+from vestige.core.types import InputSpec, count_parameters
+from vestige.errors import RecipeError, ShapeError
+from vestige.models.classifiers import LeNet5, wide_resnet
+from vestige.models.factory import (
+    build_generator,
+    build_model,
+    generator_arguments,
+    list_generators,
+    list_models,
+    model_arguments,
+)
+from vestige.models.generators import DCGANGenerator, UpsampleGenerator
+
+SPEC = InputSpec.image(2, 16, 20)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in list_models()])
+def test_every_listed_model_reads_the_spec(name):
+    # Narrow where that can be asked for: only the wiring is of interest.
+    args = {"width": 4} if "width" in model_arguments(name) else {}
+    net = build_model(name, SPEC, 7, **args).eval()
+    with torch.no_grad():
+        assert net(torch.zeros(2, 2, 16, 20)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in list_generators()])
+def test_every_listed_generator_reads_the_spec(name):
+    spec = InputSpec.image(2, 16, 24)
+    net = build_generator(name, spec, latent_dim=5, width=4)
+    assert net.latent_dim == 5
+    assert net(torch.randn(3, 5)).shape == (3, 2, 16, 24)
+
+
+def test_names_mean_the_networks_of_the_field():
+    spec = InputSpec.image(1, 32, 32)
+    assert isinstance(build_model("lenet5", spec, 10), LeNet5)
+    assert count_parameters(build_model("lenet5", spec, 10)) == 61_706
+    assert count_parameters(build_model("lenet5-half", spec, 10)) == 15_738
+    colour = InputSpec.image(3, 32, 32)
+    for depth, factor in ((40, 2), (16, 1), (10, 3)):
+        found = build_model(f"wrn-{depth}-{factor}", colour, 10)
+        assert count_parameters(found) == count_parameters(wide_resnet(depth, factor))
+    upsample = build_generator("upsample", colour, latent_dim=4, width=2)
+    assert isinstance(upsample, UpsampleGenerator)
+    assert isinstance(build_generator("dcgan", colour, latent_dim=4, width=2), DCGANGenerator)
+
+
+def test_every_description_is_one_line_and_every_name_once():
+    listed = list_models() + list_generators()
+    assert len({name for name, _ in listed}) == len(listed)
+    assert all(text and "\n" not in text for _, text in listed)
+
+
+def test_arguments_are_those_that_change_the_network():
+    assert model_arguments("resnet18") == ("width",)
+    assert model_arguments("convnet") == ("widths",)
+    assert model_arguments("vgg11") == ("bn",)
+    assert model_arguments("lenet5-half") == ()
+    assert model_arguments("wrn-22-4") == ()
+    assert generator_arguments("upsample") == ("width", "head", "slope", "inner_eps")
+    wide = build_model("resnet18", SPEC, 3, width=8)
+    assert count_parameters(wide) > count_parameters(build_model("resnet18", SPEC, 3, width=4))
+    images = build_generator("upsample", SPEC, latent_dim=3, width=2, head="sigmoid")
+    assert (images(torch.randn(4, 3)) >= 0).all()
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(
+        RecipeError, match=r"got model 'resnet-18', expected .*did you mean 'resnet18'"
+    ):
+        build_model("resnet-18", SPEC, 3)
+    with pytest.raises(RecipeError, match=r"got generator 'dcgn'.*did you mean 'dcgan'"):
+        build_generator("dcgn", SPEC, latent_dim=3, width=2)
+    with pytest.raises(RecipeError, match="lenet5, lenet5-half, convnet"):
+        model_arguments("qqq")
+    with pytest.raises(RecipeError, match="depth 41"):
+        build_model("wrn-41-2", SPEC, 3)
+
+
+def test_all_wrong_arguments_are_reported_at_once():
+    with pytest.raises(RecipeError) as raised:
+        build_model("resnet18", SPEC, 3, widht=8, channels=3)
+    message = str(raised.value)
+    assert "'widht', expected one of: width; did you mean 'width'?" in message
+    assert "'channels'" in message
+    with pytest.raises(RecipeError, match=r"'haed'.*did you mean 'head'"):
+        build_generator("upsample", SPEC, latent_dim=3, width=2, haed="bn")
+    with pytest.raises(RecipeError, match=r"'half', expected one of: \(none\)"):
+        build_model("lenet5", SPEC, 3, half=True)
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    with pytest.raises(ShapeError, match=r"got input shape \(12,\) for model 'convnet'"):
+        build_model("convnet", InputSpec("embedding", (12,)), 3)
+    with pytest.raises(ShapeError, match="sides of at least 16"):
+        build_model("vgg11", InputSpec.image(3, 32, 8), 3)
+    with pytest.raises(ShapeError, match="expected multiples of 4"):
+        build_generator("upsample", InputSpec.image(3, 30, 30), latent_dim=3, width=2)
