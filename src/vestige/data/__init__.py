@@ -1,0 +1,1 @@
+"""Real data for evaluation, teacher training, client simulation and poisoning only."""

@@ -1,0 +1,1 @@
+"""Tasks: what an input is and how an answer is judged."""

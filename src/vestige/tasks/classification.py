@@ -1,0 +1,188 @@
+"""Classification: one label per input, judged by accuracy."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vestige.core.modes import evaluating
+from vestige.core.types import InputSpec, predict
+from vestige.errors import DataError, ShapeError
+
+Labelled = tuple[Tensor, Tensor]
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class ClassReport:
+    """How a model does on each class.
+
+    Attributes:
+        per_class: (K,), share of each class's inputs that was right; NaN where it has no inputs.
+        confusion: (K, K), int64; entry [i, j] counts inputs of class i that were taken for j.
+    """
+
+    per_class: Tensor
+    confusion: Tensor
+
+
+class Classification:
+    """The task of naming the class of an input.
+
+    Args:
+        spec: what one input looks like.
+        num_classes: number of classes K; labels are in [0, K).
+    """
+
+    kind = "classification"
+    metric = "accuracy"
+
+    def __init__(self, spec: InputSpec, num_classes: int) -> None:
+        if num_classes < 2:
+            raise DataError(f"got num_classes={num_classes}, expected at least 2; name the classes")
+        self.spec = spec
+        self.num_classes = num_classes
+
+    def evaluate(
+        self, model: nn.Module, data: Labelled, *, batch_size: int = 512
+    ) -> dict[str, float]:
+        """Accuracy and mean cross entropy of `model`.
+
+        Every sub-module runs in eval mode and gets its own training flag back, also on an error;
+        weights and buffers stay as they are.
+
+        Args:
+            model: maps inputs to logits (B, K); batches are moved to its device.
+            data: inputs (N, ...) in the teacher's normalised space and labels (N,) int64.
+            batch_size: rows per forward; changes no result beyond rounding.
+
+        Returns:
+            "accuracy" in [0, 1] and "loss", the cross entropy in nats, mean over the N inputs.
+
+        Raises:
+            ShapeError: inputs do not fit the spec, or logits do not fit `num_classes`.
+            DataError: there are no inputs, or labels are no integers in [0, K).
+        """
+        inputs, labels = self._checked(data)
+        right = torch.zeros((), dtype=torch.int64)
+        loss = torch.zeros((), dtype=torch.float64)
+        with _quiet(model):
+            for rows in _batches(len(inputs), batch_size):
+                logits = self._logits(model, inputs[rows])
+                answers = labels[rows].to(logits.device)
+                right += (logits.argmax(1) == answers).sum().cpu()
+                loss += functional.cross_entropy(logits, answers, reduction="sum").cpu()
+        return {"accuracy": right.item() / len(inputs), "loss": loss.item() / len(inputs)}
+
+    def report(self, model: nn.Module, data: Labelled, *, batch_size: int = 512) -> ClassReport:
+        """Accuracy per class and the confusion matrix; arguments and errors as in `evaluate`."""
+        inputs, labels = self._checked(data)
+        count = self.num_classes
+        confusion = torch.zeros(count * count, dtype=torch.int64)
+        with _quiet(model):
+            for rows in _batches(len(inputs), batch_size):
+                answers = self._logits(model, inputs[rows]).argmax(1).cpu()
+                cells = labels[rows].cpu() * count + answers
+                confusion += torch.bincount(cells, minlength=count * count)
+        confusion = confusion.view(count, count)
+        return ClassReport(confusion.diagonal() / confusion.sum(1), confusion)
+
+    def agreement(
+        self, model_a: nn.Module, model_b: nn.Module, inputs: Tensor, *, batch_size: int = 512
+    ) -> float:
+        """Share of `inputs` (N, ...), in [0, 1], for which both models name the same class."""
+        self._check_inputs(inputs)
+        same = 0
+        with _quiet(model_a, model_b):
+            for rows in _batches(len(inputs), batch_size):
+                first = self._logits(model_a, inputs[rows]).argmax(1).cpu()
+                second = self._logits(model_b, inputs[rows]).argmax(1).cpu()
+                same += int((first == second).sum())
+        return same / len(inputs)
+
+    def check(self, model: nn.Module) -> None:
+        """Ask `model` for two inputs of zeros, in eval mode, and look at the answer.
+
+        Raises:
+            ShapeError: it cannot take the spec's inputs, or its logits are not (2, K).
+        """
+        inputs = torch.zeros((2, *self.spec.shape))
+        with _quiet(model):
+            try:
+                self._logits(model, inputs)
+            except RuntimeError as error:
+                if isinstance(error, ShapeError):
+                    raise
+                raise ShapeError(
+                    f"{type(model).__name__} cannot take inputs of shape {self.spec.shape}, as the "
+                    f"input spec says: {error}"
+                ) from error
+
+    def _logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Float32 logits (B, K) of `model`, on its device."""
+        logits = predict(model, inputs.to(_device(model, inputs))).logits
+        expected = (len(inputs), self.num_classes)
+        if logits.shape != expected:
+            raise ShapeError(
+                f"got logits of shape {tuple(logits.shape)} from {type(model).__name__}, expected "
+                f"{expected}: {len(inputs)} inputs, {self.num_classes} classes; set num_classes to "
+                "the number of the model's outputs"
+            )
+        return logits.float()
+
+    def _checked(self, data: Labelled) -> Labelled:
+        inputs, labels = data
+        self._check_inputs(inputs)
+        if labels.shape != inputs.shape[:1]:
+            raise ShapeError(
+                f"got labels of shape {tuple(labels.shape)}, expected ({len(inputs)},) for "
+                f"{len(inputs)} inputs; hand in one class number per input"
+            )
+        if labels.dtype not in INTEGERS:
+            raise DataError(f"got labels of dtype {labels.dtype}, expected int64 class numbers")
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= self.num_classes:
+            raise DataError(
+                f"got labels from {low} to {high}, expected 0 to {self.num_classes - 1}; "
+                "number the classes from 0 or correct num_classes"
+            )
+        return inputs, labels.long()
+
+    def _check_inputs(self, inputs: Tensor) -> None:
+        if len(inputs) == 0:
+            raise DataError("got no inputs to evaluate on, expected at least one; hand in data")
+        if tuple(inputs.shape[1:]) != self.spec.shape:
+            raise ShapeError(
+                f"got inputs of shape {tuple(inputs.shape)}, expected (N, "
+                f"{', '.join(map(str, self.spec.shape))}) as in the input spec; resize the inputs "
+                "or correct the spec"
+            )
+
+
+@contextmanager
+def _quiet(*models: Any) -> Iterator[None]:
+    """No gradients, and every module among `models` in eval mode."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        for model in models:
+            # A black-box teacher is no module: it has no training flags to care for.
+            if isinstance(model, nn.Module):
+                stack.enter_context(evaluating(model))
+        yield
+
+
+def _batches(count: int, batch_size: int) -> Iterator[slice]:
+    for start in range(0, count, batch_size):
+        yield slice(start, start + batch_size)
+
+
+def _device(model: Any, inputs: Tensor) -> torch.device:
+    if isinstance(model, nn.Module):
+        for tensor in (*model.parameters(), *model.buffers()):
+            return tensor.device
+    return inputs.device

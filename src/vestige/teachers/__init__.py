@@ -1,0 +1,1 @@
+"""Teachers: frozen networks, as far as their access level shows them."""

@@ -1,0 +1,57 @@
+"""A teacher whose weights, activations and gradients can be used."""
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from vestige.core.types import Access, Prediction
+from vestige.errors import TeacherError
+
+
+class WhiteBoxTeacher(nn.Module):
+    """Freezes a network and keeps it in eval mode, whatever happens around it.
+
+    The network itself is frozen, not a copy: its parameters no longer ask for gradients and all of
+    its sub-modules are in eval mode from now on. Gradients still flow to the inputs.
+
+    Attributes:
+        queries: rows that were asked so far.
+
+    Args:
+        module: the trained network.
+
+    Raises:
+        TeacherError: a weight or a buffer holds NaN or infinity.
+    """
+
+    access = Access.WHITE_BOX
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        _check_finite(module)
+        self.module = module.requires_grad_(False)
+        self.queries = 0
+        self.eval()
+
+    def forward(self, inputs: Tensor) -> Prediction:
+        """Prediction for inputs (B, ...), attached to them."""
+        self.queries += len(inputs)
+        return Prediction.of(self.module(inputs))
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode: a parent's `train()` must not move BatchNorm statistics."""
+        return super().train(False)
+
+
+def _check_finite(module: nn.Module) -> None:
+    for name, tensor in module.state_dict().items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            continue
+        broken = int((~torch.isfinite(tensor)).sum())
+        if broken:
+            raise TeacherError(
+                f"got {broken} NaN or infinite values of {tensor.numel()} in '{name}' of teacher "
+                f"{type(module).__name__}, expected finite weights; load another checkpoint or "
+                "train the teacher again"
+            )
