@@ -1,0 +1,279 @@
+"""The Python entry points: distill, load a teacher, list what there is."""
+
+import datetime
+import inspect
+from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from vestige.core.protocols import Source
+from vestige.core.types import InputSpec, Requires, count_parameters
+from vestige.errors import RecipeError, ShapeError, TeacherError
+from vestige.recipes.build import build_method, build_plugins
+from vestige.recipes.catalog import METHODS
+from vestige.recipes.run import check_folder
+from vestige.recipes.schema import explain
+from vestige.sources.images import TensorSource
+from vestige.tasks.classification import Classification
+from vestige.teachers.loading import fingerprint, load_teacher
+from vestige.teachers.white_box import WhiteBoxTeacher
+from vestige.training import runtime
+from vestige.training.files import write_json
+from vestige.training.report import write_report
+from vestige.training.summary import (
+    RealData,
+    RunFacts,
+    summarize,
+    write_samples,
+    write_start,
+    write_student,
+)
+from vestige.training.tracking import Callback
+from vestige.training.trainer import Evaluate, Outcome, Trainer, TrainerConfig
+
+__all__ = ["DistillReport", "distill", "list_methods", "load_teacher"]
+
+
+@dataclass(frozen=True)
+class DistillReport:
+    """What `distill` hands back.
+
+    Attributes:
+        student: trained, in eval mode; the object that was handed in.
+        source: where the method's inputs came from (a generator), or None.
+        pool: stored synthetic inputs, or None.
+        summary: the contents of summary.json.
+        outcome: scores over time, findings and samples.
+    """
+
+    student: nn.Module
+    source: Any
+    pool: Any
+    summary: dict[str, Any]
+    outcome: Outcome
+
+
+def distill(
+    teacher: nn.Module,
+    student: nn.Module,
+    *,
+    method: str = "dfad",
+    spec: InputSpec,
+    num_classes: int,
+    config: Mapping[str, Any] | None = None,
+    plugins: Sequence[str | tuple[str, Mapping[str, Any]]] = (),
+    evaluate: tuple[Tensor, Tensor] | Evaluate | None = None,
+    sources: Mapping[str, Source | Tensor] | None = None,
+    budget: Mapping[str, float] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    out: str | Path | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> DistillReport:
+    """Train `student` from `teacher` alone.
+
+    Args:
+        teacher: any module that returns logits, a tuple that starts with them, or an object with
+            `logits`. It is frozen and put into eval mode.
+        student: any such module; trained in place, nothing else of it is changed.
+        method: a name of `list_methods`.
+        spec: of one input of the teacher.
+        num_classes: K, number of logits.
+        config: settings of the method; what is left out has the method's default.
+        plugins: names, or (name, settings), outermost first.
+        evaluate: (inputs, labels) in the teacher's normalised space, a callable from the student
+            to metrics with "accuracy", or None. Used to report, never to choose.
+        sources: inputs by the names that the method asks for; a tensor counts as foreign data.
+        budget: "minutes" and "steps"; stops the run, bends no schedule.
+        seed: of every stream of randomness.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        out: run folder; None keeps nothing on disk.
+        resume: go on where a run in `out` stopped.
+        callbacks: called with each event of the run.
+
+    Raises:
+        RecipeError: method, settings, plug-ins, sources, budget or folder are not valid.
+        TeacherError: the teacher cannot serve the method, or is the student itself.
+        ShapeError: teacher and student do not fit `spec` and `num_classes`.
+    """
+    chosen = METHODS.get(method)
+    settings = _settings(chosen, config or {})
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        check_folder(folder, resume=resume)
+    if student is teacher or set(student.parameters()) & set(teacher.parameters()):
+        raise TeacherError(
+            "teacher and student share weights, expected two networks; make the student anew "
+            "(copy.deepcopy if it is to start from the teacher)"
+        )
+    where = runtime.device(device)
+    frozen = WhiteBoxTeacher(teacher.to(where))
+    student.to(where)
+    task = Classification(spec, num_classes)
+    task.check(teacher)
+    task.check(student)
+    given = {name: _source(name, source, where) for name, source in (sources or {}).items()}
+    _check_sources(method, chosen.requires, given)
+    named = dict(item if isinstance(item, tuple) else (item, {}) for item in plugins)
+    judge = _judge(task, evaluate)
+    built = build_method(method, settings, task, [frozen], student, given, seed)
+    weights = fingerprint(teacher)
+    trainer = Trainer(
+        built,
+        task,
+        teachers=[frozen],
+        student=student,
+        plugins=build_plugins(named, chosen),
+        sources=given,
+        evaluate=judge,
+        out=folder,
+        seed=seed,
+        config=_trainer_config(budget or {}, device),
+        identity={
+            "method": method,
+            "config": settings.model_dump(mode="json"),
+            "input": [spec.kind, list(spec.shape), list(spec.mean), list(spec.std)],
+            "num_classes": num_classes,
+            "teacher_fingerprint": weights,
+        },
+        callbacks=callbacks,
+    )
+    facts = RunFacts(
+        method=method,
+        plugins=tuple(named),
+        teacher_score=None if judge is None else float(judge(teacher)[task.metric]),
+        teacher_parameters=count_parameters(teacher),
+        teacher_fingerprint=weights,
+        real_data=_real_data(evaluate, given),
+        seed=seed,
+        recipe_yaml=yaml.safe_dump(
+            {"method": method, "config": settings.model_dump(mode="json"), "seed": seed},
+            sort_keys=False,
+        ),
+        student_card={"class": f"{type(student).__module__}:{type(student).__qualname__}"},
+        command="vestige.distill(...)",
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+    if folder is not None:
+        write_start(folder, facts)
+    outcome = trainer.run(resume=resume)
+    summary = summarize(facts, outcome, task, student, where)
+    if folder is not None:
+        write_student(folder, student, facts.student_card)
+        write_samples(folder, outcome, task, ())
+        write_json(folder / "summary.json", summary)
+        write_report([folder], folder / "report.html")
+    return DistillReport(
+        student,
+        getattr(built, "generator", None),
+        getattr(built, "pool", None),
+        summary,
+        outcome,
+    )
+
+
+def list_methods() -> list[dict[str, Any]]:
+    """One mapping per method: name, paper, task kinds, access, needs and summary."""
+    return [describe_method(name) for name in METHODS.names()]
+
+
+def describe_method(name: str) -> dict[str, Any]:
+    """What `list_methods` says of one method, from its docstring and requirements."""
+    method = METHODS.get(name)
+    text = inspect.getdoc(inspect.getmodule(method)) or ""
+    paper = text.partition("Paper:")[2].partition("\n\n")[0]
+    requires: Requires = method.requires
+    needs = [f"source {source!r}" for source in requires.sources]
+    needs += ["BatchNorm statistics"] if requires.batchnorm else []
+    needs += [f"extra [{extra}]" for extra in requires.extras]
+    return {
+        "name": name,
+        "summary": (inspect.getdoc(method) or "").split("\n", 1)[0],
+        "paper": " ".join(paper.split()),
+        "tasks": list(requires.tasks),
+        "access": str(requires.access),
+        "batchnorm": requires.batchnorm,
+        "needs": needs,
+    }
+
+
+def _settings(method: Any, config: Mapping[str, Any]) -> Any:
+    try:
+        return method.Config(**config)
+    except ValidationError as error:
+        problems = "\n".join(f"  - {line}" for line in explain(error, method.Config, "config"))
+        raise RecipeError(f"the settings are not valid:\n{problems}") from None
+
+
+def _trainer_config(budget: Mapping[str, float], device: str) -> TrainerConfig:
+    unknown = sorted(set(budget) - {"minutes", "steps"})
+    if unknown:
+        raise RecipeError(f"budget: got {unknown}, expected 'minutes' and 'steps'")
+    try:
+        return TrainerConfig(
+            device=device,
+            minutes=budget.get("minutes"),
+            max_steps=None if "steps" not in budget else int(budget["steps"]),
+        )
+    except ValidationError as error:
+        problems = "; ".join(explain(error, TrainerConfig, "budget"))
+        raise RecipeError(problems) from None
+
+
+def _source(name: str, source: Source | Tensor, device: Any) -> Source:
+    if isinstance(source, Tensor):
+        return TensorSource(source.to(device), origin="foreign", name=name)
+    return source
+
+
+def _check_sources(method: str, requires: Requires, given: Mapping[str, Source]) -> None:
+    allowed = {*requires.sources, *requires.optional_sources}
+    strange = sorted(set(given) - allowed)
+    if strange:
+        raise RecipeError(
+            f"sources: got {strange}, {method!r} takes {sorted(allowed) or 'none'}; leave them out"
+        )
+
+
+def _judge(
+    task: Classification, evaluate: tuple[Tensor, Tensor] | Evaluate | None
+) -> Evaluate | None:
+    if evaluate is None or callable(evaluate):
+        return _checked(task, evaluate) if callable(evaluate) else None
+    inputs, labels = evaluate
+    if len(inputs) != len(labels):
+        raise ShapeError(f"evaluate: got {len(inputs)} inputs and {len(labels)} labels")
+    return lambda model: task.evaluate(model, (inputs, labels))
+
+
+def _checked(task: Classification, evaluate: Evaluate) -> Evaluate:
+    def judge(model: nn.Module) -> Mapping[str, float]:
+        scores = evaluate(model)
+        if task.metric not in scores:
+            raise RecipeError(
+                f"evaluate returned {sorted(scores)}, expected {task.metric!r} among them"
+            )
+        return scores
+
+    return judge
+
+
+def _real_data(
+    evaluate: tuple[Tensor, Tensor] | Callable[..., Any] | None, sources: Mapping[str, Source]
+) -> tuple[RealData, ...]:
+    read = []
+    if isinstance(evaluate, tuple):
+        read.append(RealData("evaluate", "real", "evaluation", "evaluation", len(evaluate[0]), ""))
+    elif evaluate is not None:
+        read.append(RealData("evaluate", "real", "evaluation", "evaluation", 0, ""))
+    for name, source in sources.items():
+        if source.origin not in ("noise", "generator"):
+            count = len(source) if isinstance(source, Sized) else 0
+            read.append(RealData(name, source.origin, "method", "distillation", count, ""))
+    return tuple(read)

@@ -1,0 +1,1 @@
+"""Evidence: claims over seeds, cost against the floor."""

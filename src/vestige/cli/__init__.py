@@ -1,0 +1,1 @@
+"""The command line; imports heavy packages only in the command that needs them."""

@@ -1,0 +1,1 @@
+"""One file per published system; found by scanning this folder."""

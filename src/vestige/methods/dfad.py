@@ -1,0 +1,237 @@
+"""DFAD.
+
+Paper: Data-Free Adversarial Distillation, Fang, Song, Shen, Wang, Chen, Song, 2019,
+    arXiv 1912.11006. The authors ask to cite ZSKT (arXiv 1905.09768) first for the min-max idea.
+
+One iteration, with D(S, T; x) the mean absolute difference of the logits over batch and classes:
+1. imitation, `student_steps` times with fresh noise: x = G(z) without gradient, minimise D over S;
+2. generation, once with fresh noise: maximise D over G, as -D (classification) or -log(D + 1).
+S and G are in train mode throughout, T in eval mode. Rates follow a schedule per round, where a
+round is `iterations` iterations (the paper's "epoch" of 50).
+
+Differs from the paper:
+    The teacher is frozen and gives its answers to the student without a graph; same result, less
+    work. Schedules step at the end of a round; the reference code steps some at the start.
+    Four options that are off by default, because as published the generator can wander from class
+    to class and the student forgets: `bn_weight` (match the teacher's BatchNorm statistics),
+    `balance_weight` (spread the batch over the classes), `replay` (mix earlier fakes into the
+    student's batch), `student_mode: eval` (no batch statistics of the student for G to exploit).
+    A run that uses one is not DFAD as published and is to be named so.
+
+Cost per round: `iterations` times: G forward `student_steps` + 1, backward 1; T forward
+    `student_steps` + 1, backward to its input 1; S forward `student_steps` + 1, backward
+    `student_steps` full and 1 to its input.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from vestige.core import modes, optim
+from vestige.core.protocols import Context, Sharded, Source, Stateful, Task, Teacher
+from vestige.core.schedules import Schedule, cosine, multistep
+from vestige.core.types import Batch, Loss, Requires, Result, Step, predict
+from vestige.losses.adversarial import disagreement_loss, log_form
+from vestige.losses.prior import class_balance_loss
+from vestige.losses.statistics import bn_statistics_loss
+from vestige.models.factory import build_generator
+from vestige.models.probes import BatchNormProbe
+from vestige.sources.memory import RingMemory
+
+
+class DFADConfig(BaseModel):
+    """Settings of DFAD; defaults are the reference code's for CIFAR-10.
+
+    Attributes:
+        rounds: each of `iterations` iterations. 500 (reference code); more is better and slower.
+        iterations: of one generation stage each. 50 (reference code).
+        student_steps: imitation steps per iteration. 5 (paper). Higher follows a fast generator
+            better, lower lets the generator lead.
+        batch_size: 256 (reference code). Small batches hurt, since G's BatchNorm sees fewer images.
+        student_optimizer: "sgd" (reference code) with momentum 0.9, or "adam".
+        student_lr: 0.1 (reference code, SGD). Higher is faster until it diverges.
+        student_weight_decay: 5e-4 (reference code).
+        generator_lr: of Adam. 1e-3 (reference code). Higher makes the generator move on sooner.
+        schedule: of both rates. "multistep" (reference code), "cosine" or "constant".
+        milestones: of "multistep" as shares of the rounds, x0.1 each. 100 and 200 of 500 epochs.
+        generator: "upsample" (the paper's generator A) or "dcgan" (generator B, larger images).
+        generator_width: 64 (reference code); cost grows with its square.
+        latent_dim: 256 (reference code).
+        log_form: use -log(D + 1) for G, as the paper does for segmentation; None follows the task.
+        student_mode: of S in the generation stage. "train" (reference code) or "eval".
+        bn_weight: of the BatchNorm-statistics term in G's loss. 0 (paper). Higher keeps fakes near
+            the statistics of the teacher's training data, too high makes them all alike.
+        balance_weight: of the class-balance term in G's loss. 0 (paper). Higher spreads a batch
+            over the classes.
+        replay: share of the student's batch taken from earlier fakes, in [0, 1). 0 (paper). Higher
+            forgets less and sees fewer new fakes.
+        replay_size: earlier fakes kept. 4096, our choice: 16 batches of 256.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rounds: int = Field(500, ge=1)
+    iterations: int = Field(50, ge=1)
+    student_steps: int = Field(5, ge=1)
+    batch_size: int = Field(256, ge=2)
+    student_optimizer: optim.OptimizerName = "sgd"
+    student_lr: float = Field(0.1, gt=0)
+    student_weight_decay: float = Field(5e-4, ge=0)
+    generator_lr: float = Field(1e-3, gt=0)
+    schedule: Literal["constant", "cosine", "multistep"] = "multistep"
+    milestones: tuple[float, ...] = (0.2, 0.4)
+    generator: Literal["upsample", "dcgan"] = "upsample"
+    generator_width: int = Field(64, ge=1)
+    latent_dim: int = Field(256, ge=1)
+    log_form: bool | None = None
+    student_mode: Literal["train", "eval"] = "train"
+    bn_weight: float = Field(0.0, ge=0)
+    balance_weight: float = Field(0.0, ge=0)
+    replay: float = Field(0.0, ge=0, lt=1)
+    replay_size: int = Field(4096, ge=1)
+
+    def rates(self) -> Schedule | None:
+        """The schedule of both learning rates."""
+        if self.schedule == "constant":
+            return None
+        return cosine() if self.schedule == "cosine" else multistep(self.milestones)
+
+
+class DFAD:
+    """Alternates a student that imitates and a generator that looks for disagreement."""
+
+    Config = DFADConfig
+    requires = Requires(tasks=("classification", "segmentation"))
+
+    def __init__(
+        self,
+        cfg: DFADConfig,
+        task: Task,
+        teachers: Sequence[Teacher],
+        student: nn.Module,
+        sources: Mapping[str, Source],
+    ) -> None:
+        self.cfg = cfg
+        self.teacher = teachers[0]
+        self.student = student
+        self.generator = build_generator(
+            cfg.generator, task.spec, latent_dim=cfg.latent_dim, width=cfg.generator_width
+        )
+        self.log_form = task.kind == "segmentation" if cfg.log_form is None else cfg.log_form
+        self.memory = RingMemory(cfg.replay_size)
+        # Found once: a teacher without BatchNorm is refused here, not in the first step.
+        self.probe = BatchNormProbe(_module(self.teacher)) if cfg.bn_weight else None
+
+    def parts(self) -> Mapping[str, Stateful | Sharded]:
+        """Student, generator and the memory of earlier fakes."""
+        return {"student": self.student, "generator": self.generator, "memory": self.memory}
+
+    def run(self, ctx: Context) -> Iterator[Step]:
+        """The paper's loop: `student_steps` imitations, then one generation."""
+        cfg = self.cfg
+        self.generator.to(ctx.device)
+        student_optimizer = ctx.optimizer(
+            "student",
+            self.student.parameters(),
+            optim.factory(
+                cfg.student_optimizer, cfg.student_lr, weight_decay=cfg.student_weight_decay
+            ),
+            cfg.rates(),
+        )
+        generator_optimizer = ctx.optimizer(
+            "generator",
+            self.generator.parameters(),
+            optim.factory("adam", cfg.generator_lr),
+            cfg.rates(),
+        )
+        modes.train_mode(self.student)
+        self.generator.train()
+
+        for _ in ctx.rounds("distill", cfg.rounds):
+            for _ in range(cfg.iterations):
+                for _ in range(cfg.student_steps):
+                    batch = Batch(inputs=self.fakes(ctx))
+                    yield ctx.update(
+                        "student", self.student, self.imitation, batch, student_optimizer
+                    )
+                if cfg.replay and batch.inputs is not None:
+                    self.memory.push(batch.inputs)
+                latent = self.latent(cfg.batch_size, ctx)
+                yield ctx.update(
+                    "source",
+                    self.generator,
+                    self.generation,
+                    Batch(latent=latent),
+                    generator_optimizer,
+                )
+
+    def imitation(self, student: Any, batch: Batch) -> Loss:
+        """D(S, T; x), minimised over the student."""
+        inputs = batch.inputs
+        with torch.no_grad():
+            teacher = predict(self.teacher, inputs)
+        answer = predict(student, inputs)
+        distance = batch.mean(disagreement_loss(answer.logits, teacher.logits))
+        return Loss({"disagreement": distance}, distance, inputs, teacher, answer)
+
+    def generation(self, generator: Any, batch: Batch) -> Loss:
+        """-D(S, T; G(z)), or -log(D + 1), and the options; minimised over the generator."""
+        cfg = self.cfg
+        inputs = generator(batch.latent)
+        with self.probe or nullcontext():
+            teacher = predict(self.teacher, inputs)
+        with modes.evaluating(self.student) if cfg.student_mode == "eval" else nullcontext():
+            answer = predict(self.student, inputs)
+        distance = batch.mean(disagreement_loss(answer.logits, teacher.logits))
+        terms = {"adversarial": -(log_form(distance) if self.log_form else distance)}
+        total = terms["adversarial"]
+        if self.probe is not None:
+            terms["bn_statistics"] = bn_statistics_loss(self.probe.observed(), self.probe.stored())
+            total = total + cfg.bn_weight * terms["bn_statistics"]
+        if cfg.balance_weight:
+            terms["class_balance"] = class_balance_loss(teacher.logits)
+            total = total + cfg.balance_weight * terms["class_balance"]
+        return Loss(terms, total, inputs, teacher, answer)
+
+    @torch.no_grad()
+    def fakes(self, ctx: Context) -> Tensor:
+        """A batch for the student: fresh fakes, and earlier ones if `replay` asks for them."""
+        cfg = self.cfg
+        replayed = int(cfg.replay * cfg.batch_size) if len(self.memory) else 0
+        fresh: Tensor = self.generator(self.latent(cfg.batch_size - replayed, ctx))
+        if not replayed:
+            return fresh
+        return torch.cat([fresh, self.memory.draw(replayed, ctx.rng)])
+
+    def latent(self, count: int, ctx: Context) -> Tensor:
+        """Noise (count, Z), standard normal."""
+        return torch.randn(count, self.cfg.latent_dim, generator=ctx.rng, device=ctx.device)
+
+    def result(self) -> Result:
+        """The trained student."""
+        return Result("student", self.student)
+
+    def passes(self, cfg: DFADConfig) -> Mapping[str, float]:
+        """Passes of each network per round; see the module docstring."""
+        n, k = cfg.iterations, cfg.student_steps
+        passes = {
+            "generator_forward": n * (k + 1),
+            "generator_backward": n,
+            "teacher_forward": n * (k + 1),
+            "teacher_backward_to_input": n,
+            "student_forward": n * (k + 1),
+            "student_backward": n * k,
+            "student_backward_to_input": n,
+            "student_step": n * k,
+            "generator_step": n,
+        }
+        return {name: float(count) for name, count in passes.items()}
+
+
+def _module(teacher: Any) -> nn.Module:
+    """The network inside a white-box teacher, where hooks may be put."""
+    return teacher if isinstance(teacher, nn.Module) else teacher.module

@@ -1,0 +1,185 @@
+"""Run a recipe, alone or with all of its arms, and leave a run folder."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vestige.errors import RecipeError
+from vestige.recipes.build import Job, build
+from vestige.recipes.schema import Recipe
+from vestige.training.files import write_json, write_text
+from vestige.training.report import write_report
+from vestige.training.summary import (
+    summarize,
+    write_samples,
+    write_start,
+    write_student,
+)
+from vestige.training.tracking import Callback
+from vestige.training.trainer import Outcome
+
+CallbackFor = Callable[[str], Sequence[Callback]]
+
+
+def run_recipe(
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+    command: str = "",
+    arm: str = "",
+    report: bool = True,
+) -> dict[str, Any]:
+    """The recipe's main run.
+
+    Args:
+        recipe: validated.
+        out: run folder; must be new or empty unless `resume`.
+        resume: go on where an earlier run in `out` stopped.
+        callbacks: called with the run's events.
+        command: for the run record.
+        arm: name of the arm, for the run record.
+        report: whether to write report.html.
+
+    Returns:
+        The contents of summary.json.
+    """
+    check_folder(out, resume=resume)
+    job = build(recipe, out=out, callbacks=callbacks, command=command, arm=arm)
+    write_start(out, job.facts)
+    outcome = job.trainer.run(resume=resume)
+    summary = finish(job, outcome, out)
+    if report:
+        write_report([out], out / "report.html")
+    return summary
+
+
+def finish(job: Job, outcome: Outcome, out: Path) -> dict[str, Any]:
+    """Write what a finished run leaves; the summary last, as the mark that the run is whole."""
+    summary = summarize(job.facts, outcome, job.task, job.student, job.trainer.device)
+    summary["images_made"] = _images_made(job, outcome)
+    write_student(out, job.student, job.facts.student_card)
+    write_samples(out, outcome, job.task, job.classes)
+    write_json(out / "summary.json", summary)
+    return summary
+
+
+def run_arms(
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    callbacks: CallbackFor = lambda arm: (),
+    command: str = "",
+) -> dict[str, Any]:
+    """All arms of a recipe, each in a folder of its own, and one summary and report about them.
+
+    The headline arm's student, samples and figures are the ones of the whole.
+    """
+    if not recipe.arms or recipe.headline is None:
+        raise RecipeError("the recipe has no arms or names no headline arm; run it without arms")
+    check_folder(out, resume=resume)
+    write_text(out / "recipe.yaml", recipe.to_yaml())
+    summaries = {}
+    for name in recipe.arms:
+        folder = out / "arms" / name
+        done = folder / "summary.json"
+        if resume and done.is_file():
+            summaries[name] = json.loads(done.read_text(encoding="utf8"))
+            continue
+        summaries[name] = run_recipe(
+            recipe.arm(name),
+            folder,
+            resume=resume,
+            callbacks=callbacks(name),
+            command=command,
+            arm=name,
+            report=False,
+        )
+    return _gather(recipe, out, summaries)
+
+
+def check_folder(out: Path, *, resume: bool) -> None:
+    """Refuse to write into a folder that holds something else.
+
+    Raises:
+        RecipeError: it is not empty and `resume` is not set.
+    """
+    if out.exists() and not out.is_dir():
+        raise RecipeError(f"--out: {out} is a file, expected a folder; name another")
+    if not resume and out.is_dir() and any(out.iterdir()):
+        raise RecipeError(
+            f"--out: {out} is not empty; add --resume to go on with the run in it, or name another"
+        )
+
+
+def gap_closed(score: float, baseline: float, reference: float) -> float | None:
+    """Share of the way from the baseline arm to the reference arm; None where there is no gap."""
+    return None if reference <= baseline else (score - baseline) / (reference - baseline)
+
+
+def arm_details(recipe: Recipe, summaries: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per arm: score, gap closed, seconds, images made, real images read to train."""
+    scores: dict[str, float | None] = {
+        name: summary["student"]["score"] for name, summary in summaries.items()
+    }
+    low, high = scores.get(str(recipe.baseline)), scores.get(str(recipe.reference))
+    rows = []
+    for name, summary in summaries.items():
+        real = sum(
+            item["images"] for item in summary["real_data"] if item["purpose"] == "distillation"
+        )
+        score = scores[name]
+        rows.append(
+            {
+                "name": name,
+                "title": recipe.arms[name].title,
+                "score": score,
+                "gap_closed": None
+                if score is None or low is None or high is None
+                else gap_closed(score, low, high),
+                "seconds": summary["seconds"],
+                "images_made": summary["images_made"],
+                "real_images_read": real,
+                "data_free": real == 0,
+                "headline": name == recipe.headline,
+                "diagnosis": [finding["code"] for finding in summary["diagnosis"]],
+            }
+        )
+    return rows
+
+
+def _gather(recipe: Recipe, out: Path, summaries: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    chosen = out / "arms" / str(recipe.headline)
+    rows = arm_details(recipe, summaries)
+    summary = {
+        **summaries[str(recipe.headline)],
+        "arms": {row["name"]: row["score"] for row in rows},
+        "arm_details": rows,
+        "headline": recipe.headline,
+        "seconds": round(sum(row["seconds"] for row in rows), 2),
+    }
+    for file in ("student.safetensors", "student.json", "samples.png"):
+        if (chosen / file).is_file():
+            shutil.copyfile(chosen / file, out / file)
+    record = json.loads((chosen / "run.json").read_text(encoding="utf8"))
+    seen = {
+        json.dumps(item, sort_keys=True): item
+        for s in summaries.values()
+        for item in s["real_data"]
+    }
+    write_json(out / "run.json", {**record, "real_data": list(seen.values())})
+    write_json(out / "summary.json", summary)
+    write_report([out], out / "report.html")
+    return summary
+
+
+def _images_made(job: Job, outcome: Outcome) -> int:
+    """Inputs that were synthesised; drawn ones are not made."""
+    real = any(
+        source.origin not in ("noise", "generator") for source in job.trainer.sources.values()
+    )
+    return 0 if real else outcome.teacher_queries

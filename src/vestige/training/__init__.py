@@ -1,0 +1,1 @@
+"""Running methods: the trainer and what it needs, and supervised training of teachers."""

@@ -1,0 +1,381 @@
+"""Small charts as SVG text, for a page that holds everything in itself.
+
+Pure functions from numbers to a string. Colours are CSS variables with a fallback, so that a page
+can offer a light and a dark set; every text is escaped. The SVG is made to stand inside HTML.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+# Okabe and Ito's set, told apart with any colour vision; dashes carry the same difference on paper.
+PALETTE = ("#0b66a8", "#d55e00", "#00876a", "#b8568f", "#b07a00", "#3f8fc4", "#6b6f76")
+DASHES = ("", "6 3", "2 3", "8 3 2 3", "10 4", "4 2", "1 2")
+_POINTS = 240
+_LARGEST = 1e100
+_WIDE_RANGE = 50.0
+
+Format = Callable[[float], str]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart.
+
+    Attributes:
+        name: shown in the legend.
+        points: (x, y) in ascending x; a y that is not finite leaves a gap and a mark.
+        slot: number of its colour and dash; 0 is the accent colour.
+        strong: drawn heavier and above the others.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    slot: int = 0
+    strong: bool = False
+
+
+def plain(value: float) -> str:
+    """A number in three digits: 0.0123, 12.3, 1.2k."""
+    if not math.isfinite(value):
+        return "–"
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}" if abs(value) < 1e15 else f"{value:.2g}"
+    return f"{value:.3g}"
+
+
+def percent(value: float) -> str:
+    """A share as a percentage without needless digits."""
+    return f"{100 * value:.3g} %" if math.isfinite(value) else "–"
+
+
+def colour(slot: int) -> str:
+    """The CSS colour of a series."""
+    slot %= len(PALETTE)
+    return f"var(--series-{slot}, {PALETTE[slot]})"
+
+
+def line_chart(
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_label: str = "",
+    y_format: Format = plain,
+    y_range: tuple[float, float] | None = None,
+    reference: tuple[str, float] | None = None,
+    width: int = 560,
+    height: int = 280,
+) -> str:
+    """Lines over a common x axis.
+
+    Long series are drawn as the mean of neighbouring points on a band from least to greatest. The
+    y axis is logarithmic when all values are positive and the largest is more than 50 times the
+    smallest and `y_range` is not given.
+
+    Args:
+        series: the lines; those without a finite point are left out.
+        title: read out by screen readers and shown on hovering.
+        x_label: what the x axis counts.
+        y_format: writes the numbers beside the y axis.
+        y_range: fixed y axis, or None to fit the values.
+        reference: name and height of a dashed horizontal line, or None.
+        width: of the drawing, in its own units.
+        height: of the drawing, in its own units.
+
+    Returns:
+        One `<svg>` element.
+    """
+    finite = [(x, y) for one in series for x, y in one.points if _usable(x) and _usable(y)]
+    if not finite:
+        return _empty(title, width, height)
+    line = reference if reference is not None and _usable(reference[1]) else None
+    ys = [y for _, y in finite] + ([line[1]] if line else [])
+    logarithmic = y_range is None and min(ys) > 0 and max(ys) / min(ys) > _WIDE_RANGE
+    x_axis = _Axis.over([x for x, _ in finite], start=54, end=width - 14)
+    y_axis = _Axis.over(
+        list(y_range) if y_range else ys,
+        start=height - 40,
+        end=12,
+        logarithmic=logarithmic,
+        pad=0.0 if y_range else 0.06,
+    )
+    parts = [_head(title, width, height), _grid(x_axis, y_axis, y_format)]
+    parts.append(_text(x_label, (54 + width - 14) / 2, height - 6, "middle"))
+    if line:
+        at = y_axis(line[1])
+        parts.append(
+            f'<path d="M54 {at:.1f}H{width - 14}" fill="none" stroke-dasharray="5 4" '
+            f'stroke-width="1.5" style="stroke:var(--ink, #222)"/>'
+        )
+        # Below the line where it runs along the upper edge.
+        parts.append(
+            _text(line[0], width - 18, at + 15 if at < 24 else at - 6, "end", ink="--ink, #222")
+        )
+    for one in sorted(series, key=lambda item: item.strong):
+        parts.append(_draw(one, x_axis, y_axis))
+    return "".join([*parts, "</svg>"])
+
+
+def bar(value: float, *, title: str, reference: float | None = None, strong: bool = False) -> str:
+    """A horizontal bar for a value in [0, 1], with a tick at the reference; fills its cell."""
+    parts = [
+        '<svg class="bar" role="img" viewBox="0 0 100 10" preserveAspectRatio="none">'
+        f"<title>{escape(title)}</title>"
+        '<rect x="0" y="2" width="100" height="6" style="fill:var(--line, #ddd)"/>'
+    ]
+    if _usable(value):
+        length = 100 * min(1.0, max(0.0, value))
+        ink = colour(0) if strong else "var(--quiet, #9aa1ab)"
+        parts.append(f'<rect x="0" y="2" width="{length:.2f}" height="6" style="fill:{ink}"/>')
+    if reference is not None and _usable(reference):
+        at = 100 * min(1.0, max(0.0, reference))
+        parts.append(
+            f'<path d="M{at:.2f} 0V10" stroke-width="1.5" vector-effect="non-scaling-stroke" '
+            'style="stroke:var(--ink, #222)"/>'
+        )
+    return "".join([*parts, "</svg>"])
+
+
+def heat_strip(
+    columns: Sequence[tuple[float, Sequence[float]]],
+    *,
+    title: str,
+    x_label: str = "",
+    names: Sequence[str] = (),
+    width: int = 560,
+) -> str:
+    """Shares of a whole over time: one row per class, one column per round, darker is more.
+
+    Opacity follows the square root of the share, so that a rare class can be told from an absent
+    one. More than 24 classes are cut to the 20 most frequent and one row for the rest; more than
+    100 columns are averaged.
+
+    Args:
+        columns: x and counts (one per class, not negative) of each round.
+        title: read out by screen readers and shown on hovering.
+        x_label: what the columns count.
+        names: class names; numbers where it is empty or too short.
+        width: of the drawing, in its own units.
+
+    Returns:
+        One `<svg>` element.
+    """
+    shares = [(x, _shares(counts)) for x, counts in columns]
+    classes = max((len(row) for _, row in shares), default=0)
+    shares = [(x, row) for x, row in shares if row and len(row) == classes and _usable(x)]
+    if not shares:
+        return _empty(title, width, 120)
+    rows = [
+        (names[index] if index < len(names) else str(index), [row[index] for _, row in shares])
+        for index in range(classes)
+    ]
+    rows = _merge_rows(rows)
+    xs = [x for x, _ in shares]
+    step = max(1, math.ceil(len(xs) / 100))
+    cell = 20 if len(rows) <= 12 else 13
+    left, right = 54, width - 14
+    height = cell * len(rows) + 84
+    slots = math.ceil(len(xs) / step)
+    across = (right - left) / slots
+    top = max(max(row) for _, row in rows)
+    parts = [_head(title, width, height)]
+    for number, (name, row) in enumerate(rows):
+        y = 4 + number * cell
+        parts.append(_text(_short(name, 7), left - 8, y + cell / 2 + 4, "end"))
+        for slot in range(slots):
+            share = sum(row[slot * step : (slot + 1) * step]) / len(row[slot * step :][:step])
+            label = f"{name}, {x_label} {plain(xs[slot * step])}: {percent(share)}"
+            parts.append(
+                f'<rect x="{left + slot * across:.1f}" y="{y}" width="{across + 0.2:.1f}" '
+                f'height="{cell - 1}" fill-opacity="{math.sqrt(share / top):.2f}" '
+                f'style="fill:{colour(0)}"><title>{escape(label)}</title></rect>'
+            )
+    bottom = 4 + len(rows) * cell
+    parts.append(_text(plain(xs[0]), left, bottom + 16, "start"))
+    if len(xs) > 1:
+        parts.append(_text(plain(xs[-1]), right, bottom + 16, "end"))
+    parts.append(_text(x_label, (left + right) / 2, bottom + 16, "middle"))
+    parts.append(_scale(left, bottom + 40, top, 1 / classes))
+    return "".join([*parts, "</svg>"])
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Maps values to drawing units, linearly or by their logarithm."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    logarithmic: bool = False
+
+    @classmethod
+    def over(
+        cls,
+        values: Sequence[float],
+        *,
+        start: float,
+        end: float,
+        logarithmic: bool = False,
+        pad: float = 0.0,
+    ) -> "_Axis":
+        ends = [math.log10(value) if logarithmic else value for value in values]
+        low, high = min(ends), max(ends)
+        if high - low <= 1e-12 * max(abs(low), abs(high)):
+            low, high = low - (abs(low) * 0.1 or 1.0), high + (abs(high) * 0.1 or 1.0)
+        room = pad * (high - low)
+        # A margin below zero would suggest negative values where there are none.
+        low = 0.0 if not logarithmic and 0 <= low <= room and pad else low - room
+        return cls(low, high + room, start, end, logarithmic)
+
+    def __call__(self, value: float) -> float:
+        at = math.log10(value) if self.logarithmic else value
+        share = min(1.0, max(0.0, (at - self.low) / (self.high - self.low)))
+        return self.start + share * (self.end - self.start)
+
+    def ticks(self, wanted: int) -> list[float]:
+        """About `wanted` round numbers within the axis."""
+        if self.logarithmic:
+            decades = range(math.floor(self.low), math.ceil(self.high) + 1)
+            factors = (1.0,) if self.high - self.low > 2 else (1.0, 2.0, 5.0)
+            marks = [factor * 10.0**power for power in decades for factor in factors]
+            inside = [mark for mark in marks if self.low <= math.log10(mark) <= self.high]
+            return inside[:: max(1, math.ceil(len(inside) / (wanted + 2)))]
+        rough = (self.high - self.low) / max(1, wanted)
+        unit = 10.0 ** math.floor(math.log10(rough))
+        step = next(unit * size for size in (1, 2, 2.5, 5, 10) if unit * size >= rough * 0.999)
+        first = math.ceil(self.low / step - 1e-9)
+        last = math.floor(self.high / step + 1e-9)
+        return [index * step for index in range(first, last + 1)]
+
+
+def _grid(x_axis: _Axis, y_axis: _Axis, y_format: Format) -> str:
+    small = y_axis.start - y_axis.end < 150
+    parts = []
+    for value in y_axis.ticks(3 if small else 5):
+        at = y_axis(value)
+        parts.append(
+            f'<path d="M{x_axis.start} {at:.1f}H{x_axis.end}" style="stroke:var(--line, #ddd)"/>'
+        )
+        parts.append(_text(y_format(value), x_axis.start - 8, at + 4, "end"))
+    for value in x_axis.ticks(max(2, int((x_axis.end - x_axis.start) / 95))):
+        parts.append(_text(plain(value), x_axis(value), y_axis.start + 17, "middle"))
+    parts.append(
+        f'<path d="M{x_axis.start} {y_axis.start}H{x_axis.end}" style="stroke:var(--quiet, #999)"/>'
+    )
+    return "".join(parts)
+
+
+def _draw(series: Series, x_axis: _Axis, y_axis: _Axis) -> str:
+    usable = [(x, y) for x, y in series.points if _usable(x)]
+    runs: list[list[tuple[float, float]]] = [[]]
+    broken = []
+    for x, y in usable:
+        if _usable(y) and (y > 0 or not y_axis.logarithmic):
+            runs[-1].append((x, y))
+        else:
+            broken.append(x)
+            runs.append([])
+    weight = 2.4 if series.strong else 1.6
+    dash = "" if series.strong else DASHES[series.slot % len(DASHES)]
+    look = f'fill="none" stroke-width="{weight}" stroke-linejoin="round" stroke-dasharray="{dash}"'
+    parts = [f'<g style="color:{colour(series.slot)}"><title>{escape(series.name)}</title>']
+    for run in filter(None, runs):
+        thin = _thin(run)
+        if len(thin) < len(run):
+            upper = [f"{x_axis(x):.1f} {y_axis(high):.1f}" for x, _, _, high in thin]
+            lower = [f"{x_axis(x):.1f} {y_axis(low):.1f}" for x, _, low, _ in reversed(thin)]
+            parts.append(
+                f'<path d="M{"L".join(upper + lower)}Z" fill="currentColor" fill-opacity="0.16"/>'
+            )
+        path = "L".join(f"{x_axis(x):.1f} {y_axis(mean):.1f}" for x, mean, _, _ in thin)
+        parts.append(f'<path d="M{path}" stroke="currentColor" {look}/>')
+        if len(thin) <= 24:
+            parts.extend(
+                f'<circle cx="{x_axis(x):.1f}" cy="{y_axis(mean):.1f}" r="{weight + 0.4}" '
+                'fill="currentColor"/>'
+                for x, mean, _, _ in thin
+            )
+    for x in broken[:_POINTS]:
+        at = x_axis(x)
+        parts.append(
+            f'<path class="broken" d="M{at - 3:.1f} {y_axis.start - 6}l6 6m0 -6l-6 6" '
+            f'stroke="currentColor" stroke-width="1.5"><title>not finite at {plain(x)}</title>'
+            "</path>"
+        )
+    return "".join([*parts, "</g>"])
+
+
+def _thin(run: list[tuple[float, float]]) -> list[tuple[float, float, float, float]]:
+    """At most `_POINTS` of x, mean, least and greatest y of neighbouring points."""
+    size = max(1, math.ceil(len(run) / _POINTS))
+    out = []
+    for start in range(0, len(run), size):
+        part = run[start : start + size]
+        ys = [y for _, y in part]
+        out.append((part[len(part) // 2][0], math.fsum(ys) / len(ys), min(ys), max(ys)))
+    return out
+
+
+def _shares(counts: Sequence[float]) -> list[float]:
+    clean = [count if _usable(count) and count > 0 else 0.0 for count in counts]
+    whole = sum(clean)
+    return [count / whole for count in clean] if whole else []
+
+
+def _merge_rows(rows: list[tuple[str, list[float]]]) -> list[tuple[str, list[float]]]:
+    if len(rows) <= 24:
+        return rows
+    ranked = sorted(range(len(rows)), key=lambda index: -sum(rows[index][1]))
+    kept = [rows[index] for index in sorted(ranked[:20])]
+    rest = [rows[index][1] for index in ranked[20:]]
+    return [*kept, (f"{len(rest)} more", [sum(column) for column in zip(*rest, strict=True)])]
+
+
+def _scale(left: float, y: float, top: float, even: float) -> str:
+    """What the colours of a heat strip mean: from 0 to the largest share, the even share marked."""
+    length, parts = 160.0, []
+    for index in range(16):
+        share = math.sqrt((index + 0.5) / 16)
+        parts.append(
+            f'<rect x="{left + index * length / 16:.1f}" y="{y}" width="{length / 16 + 0.2:.1f}" '
+            f'height="8" fill-opacity="{share:.2f}" style="fill:{colour(0)}"/>'
+        )
+    parts.append(_text("0 %", left, y + 24, "start"))
+    parts.append(_text(percent(top), left + length, y + 24, "end"))
+    note = f"of the teacher’s answers; evenly spread: {percent(even)}"
+    parts.append(_text(note, left + length + 12, y + 9, "start"))
+    return "".join(parts)
+
+
+def _head(title: str, width: int, height: int) -> str:
+    return (
+        f'<svg class="chart" role="img" viewBox="0 0 {width} {height}">'
+        f"<title>{escape(title)}</title>"
+    )
+
+
+def _empty(title: str, width: int, height: int) -> str:
+    return (
+        f"{_head(title, width, height)}"
+        f"{_text('no finite values', width / 2, height / 2, 'middle')}</svg>"
+    )
+
+
+def _text(text: str, x: float, y: float, anchor: str, ink: str = "--soft, #555") -> str:
+    if not text:
+        return ""
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" style="fill:var({ink})">'
+        f"{escape(text)}</text>"
+    )
+
+
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _usable(value: float) -> bool:
+    return math.isfinite(value) and abs(value) < _LARGEST

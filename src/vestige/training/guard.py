@@ -1,0 +1,113 @@
+"""Watch which files a method opens while it runs.
+
+A method must work from the teacher alone. Real data comes in as a declared source; anything else
+that is opened for reading while the method's own code runs is refused. Files opened below Python,
+by compiled readers, raise no audit event and are not seen.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vestige.errors import RealDataError
+
+# Code, not data: lazily imported modules and what the interpreter and linker read for them.
+_CODE = (
+    ".py",
+    ".pyc",
+    ".pyi",
+    ".so",
+    ".pyd",
+    ".dll",
+    ".dylib",
+    ".pth",
+    "METADATA",
+    "entry_points.txt",
+)
+_SYSTEM = ("/proc/", "/sys/", "/dev/")
+
+
+@dataclass
+class Watch:
+    """What is allowed while a method runs, and what was opened."""
+
+    method: str
+    allowed: tuple[Path, ...] = ()
+    opened: list[str] = field(default_factory=list)
+    active: bool = True
+
+
+# An audit hook sees the whole process and cannot be removed; a stack, not a context variable, so
+# that a thread which the method starts is watched as well.
+_watches: list[Watch] = []
+_hooks: list[bool] = []
+
+
+def _audit(event: str, arguments: tuple[object, ...]) -> None:
+    if event != "open" or not _watches or not _watches[-1].active:
+        return
+    watch = _watches[-1]
+    target, mode, flags = (*arguments, None, None, None)[:3]
+    if not isinstance(target, str | bytes | os.PathLike):
+        return
+    path = os.path.realpath(os.fsdecode(target))
+    if _writes(mode, flags) or path.startswith(_SYSTEM) or _is_code(path) or os.path.isdir(path):
+        return
+    if any(path == str(root) or path.startswith(f"{root}{os.sep}") for root in watch.allowed):
+        watch.opened.append(path)
+        return
+    raise RealDataError(
+        f"{watch.method!r} opened {path} while it ran, expected no file but those of its declared "
+        "sources; hand real data in as a source of the recipe"
+    )
+
+
+def _writes(mode: object, flags: object) -> bool:
+    """Whether nothing that was there before can be read through this opening."""
+    if isinstance(mode, str):
+        return "r" not in mode and "a+" not in mode.replace("b", "")
+    if not isinstance(flags, int):
+        return False
+    new = flags & os.O_CREAT and flags & (os.O_EXCL | os.O_TRUNC)
+    return bool(new) or (flags & os.O_ACCMODE) == os.O_WRONLY
+
+
+def _is_code(path: str) -> bool:
+    name = os.path.basename(path)
+    return name.endswith(_CODE) or ".so." in name
+
+
+@contextmanager
+def watching(method: str, allowed: tuple[Path, ...] = ()) -> Iterator[Watch]:
+    """Refuse reads of undeclared files inside the block.
+
+    Args:
+        method: name for the message.
+        allowed: files and folders of declared sources.
+    """
+    if not _hooks:
+        sys.addaudithook(_audit)
+        _hooks.append(True)
+    watch = Watch(method, tuple(Path(os.path.realpath(path)) for path in allowed))
+    _watches.append(watch)
+    try:
+        yield watch
+    finally:
+        _watches.remove(watch)
+
+
+@contextmanager
+def pausing() -> Iterator[None]:
+    """Let the trainer read and write files in the middle of a watched block."""
+    if not _watches:
+        yield
+        return
+    watch = _watches[-1]
+    before, watch.active = watch.active, False
+    try:
+        yield
+    finally:
+        watch.active = before

@@ -1,0 +1,174 @@
+"""Pictures of synthetic inputs: a contact sheet and a small PNG writer."""
+
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vestige.errors import ShapeError
+from vestige.training.files import write_bytes
+
+PAPER = 255
+_CAPTION_INK = 60
+_CAPTION_LENGTH = 24
+
+
+def contact_sheet(
+    images: Tensor,
+    *,
+    columns: int,
+    scale: int = 1,
+    labels: Sequence[str] | None = None,
+    gap: int = 2,
+) -> NDArray[np.uint8]:
+    """Lay images out on white paper, enlarged without smoothing.
+
+    Args:
+        images: (N, C, H, W) with C 1 or 3, values in [0, 1]; others are clamped, NaN becomes 0.
+        columns: images in a row.
+        scale: edge length in sheet pixels of one image pixel.
+        labels: one class name per image, or None. Images of one class then share a row (several
+            where there are more than `columns`) behind a caption; classes keep the order of their
+            first image, so sort the images to sort the rows.
+        gap: sheet pixels between images and around the sheet.
+
+    Returns:
+        (height, width, 3) uint8.
+
+    Raises:
+        ShapeError: images, labels, columns, scale or gap do not fit the above.
+    """
+    _check(images, columns, scale, labels, gap)
+    tiles = _tiles(images, scale)
+    rows = _rows(len(tiles), columns, labels)
+    strips = [] if labels is None else _captions([name for name, _ in rows], tiles.shape[1])
+    margin = max((strip.shape[1] for strip in strips), default=0)
+    left = gap + (margin + 2 * gap if margin else 0)
+    height, width = tiles.shape[1:3]
+    used = max(len(members) for _, members in rows)
+    sheet = np.full(
+        (gap + len(rows) * (height + gap), left + used * (width + gap), 3), PAPER, dtype=np.uint8
+    )
+    for row, (_, members) in enumerate(rows):
+        top = gap + row * (height + gap)
+        if strips:
+            strip = strips[row][: sheet.shape[0] - top]
+            start = gap + margin - strip.shape[1]
+            sheet[top : top + strip.shape[0], start : gap + margin] = strip[..., None]
+        for column, member in enumerate(members):
+            start = left + column * (width + gap)
+            sheet[top : top + height, start : start + width] = tiles[member]
+    return sheet
+
+
+def save_png(array: NDArray[np.uint8], path: Path) -> None:
+    """Write a picture as PNG; `path` holds either the whole picture or what it held before.
+
+    Args:
+        array: uint8, (H, W) or (H, W, 1) grey, (H, W, 3) colour, (H, W, 4) colour and opacity.
+        path: file to write; its folder must exist.
+
+    Raises:
+        ShapeError: the array is none of these.
+    """
+    pixels = array[..., None] if array.ndim == 2 else array
+    colour_types = {1: 0, 3: 2, 4: 6}
+    if pixels.ndim != 3 or pixels.shape[2] not in colour_types or not pixels.size:
+        raise ShapeError(
+            f"got a picture of shape {array.shape}, expected (H, W), (H, W, 1), (H, W, 3) or "
+            "(H, W, 4) with at least one pixel; move the channels to the end"
+        )
+    if pixels.dtype != np.uint8:
+        raise ShapeError(f"got a picture of {pixels.dtype}, expected uint8; multiply by 255 first")
+    height, width, channels = pixels.shape
+    header = struct.pack(">IIBBBBB", width, height, 8, colour_types[channels], 0, 0, 0)
+    # Each line of a PNG starts with the number of its filter; 0 stores the bytes as they are.
+    lines = np.zeros((height, 1 + width * channels), dtype=np.uint8)
+    lines[:, 1:] = pixels.reshape(height, -1)
+    body = zlib.compress(lines.tobytes(), 9)
+    write_bytes(
+        path,
+        b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", body) + _chunk(b"IEND"),
+    )
+
+
+def _check(
+    images: Tensor, columns: int, scale: int, labels: Sequence[str] | None, gap: int
+) -> None:
+    if images.dim() != 4 or images.shape[1] not in (1, 3) or not images.numel():
+        raise ShapeError(
+            f"got images of shape {tuple(images.shape)}, expected (N, C, H, W) with C 1 or 3 and "
+            "at least one pixel; select channels or batch first"
+        )
+    if columns < 1 or scale < 1 or gap < 0:
+        raise ShapeError(
+            f"got columns {columns}, scale {scale} and gap {gap}, expected whole numbers of at "
+            "least 1, 1 and 0"
+        )
+    if labels is not None and len(labels) != images.shape[0]:
+        raise ShapeError(
+            f"got {len(labels)} labels for {images.shape[0]} images, expected one for each image"
+        )
+
+
+def _tiles(images: Tensor, scale: int) -> NDArray[np.uint8]:
+    """Images as uint8 (N, H * scale, W * scale, 3)."""
+    values = images.detach().float().nan_to_num(nan=0.0).clamp(0, 1).mul(255).round().byte()
+    pixels: NDArray[np.uint8] = values.permute(0, 2, 3, 1).cpu().numpy()
+    if pixels.shape[3] == 1:
+        pixels = pixels.repeat(3, axis=3)
+    return pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+
+
+def _rows(count: int, columns: int, labels: Sequence[str] | None) -> list[tuple[str, list[int]]]:
+    """Caption and image numbers of each row; the caption is empty where a class goes on."""
+    groups: dict[str, list[int]] = {}
+    for index in range(count):
+        groups.setdefault("" if labels is None else labels[index], []).append(index)
+    return [
+        (name if start == 0 else "", members[start : start + columns])
+        for name, members in groups.items()
+        for start in range(0, len(members), columns)
+    ]
+
+
+def _captions(names: list[str], height: int) -> list[NDArray[np.uint8]]:
+    """One grey strip (height, width) per name, the text in its vertical middle."""
+    import warnings
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, height / 100), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    # In pixels: as tall as fits a small image, never larger than a page's own text.
+    points = min(14.0, max(7.0, 0.6 * height)) * 0.72
+    drawn = figure.text(0.0, 0.5, "", fontsize=points, va="center_baseline", parse_math=False)
+    strips = []
+    for name in names:
+        cut = name if len(name) <= _CAPTION_LENGTH else name[: _CAPTION_LENGTH - 1] + "…"
+        drawn.set_text(cut.replace("\n", " "))
+        with warnings.catch_warnings():
+            # A glyph that the font lacks is drawn as a box; that is no reason to stop a run.
+            warnings.simplefilter("ignore")
+            canvas.draw()
+        strips.append(_trim(np.asarray(canvas.buffer_rgba())))
+    return strips
+
+
+def _trim(rendered: NDArray[Any]) -> NDArray[np.uint8]:
+    """The coverage of black text on white, cut at its right end and printed in caption ink."""
+    coverage = 1.0 - rendered[..., 0].astype(np.float32) / 255.0
+    inked = np.flatnonzero(coverage.max(axis=0) > 0)
+    width = int(inked[-1]) + 1 if inked.size else 0
+    strip = PAPER - (PAPER - _CAPTION_INK) * coverage[:, :width]
+    return strip.round().astype(np.uint8)
+
+
+def _chunk(kind: bytes, body: bytes = b"") -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))

@@ -1,0 +1,146 @@
+"""The files that a finished run leaves: summary, student, samples, report."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vestige.core.protocols import Task
+from vestige.core.types import count_parameters
+from vestige.training import runtime
+from vestige.training.files import tensors_to_bytes, write_bytes, write_json, write_text
+from vestige.training.pictures import contact_sheet, save_png
+from vestige.training.trainer import Outcome
+
+_SHEET_ROWS = 10
+
+
+@dataclass(frozen=True)
+class RealData:
+    """Real data that was read for a run.
+
+    Attributes:
+        name: of the set and its split.
+        origin: "real", "foreign", ... as declared.
+        by: which part of the program read it.
+        purpose: what for: "evaluation", "distillation", "teacher training".
+        images: how many were read.
+        fingerprint: digest of their contents.
+    """
+
+    name: str
+    origin: str
+    by: str
+    purpose: str
+    images: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of a run besides what its trainer measured.
+
+    Attributes:
+        method: name.
+        plugins: names, outermost first.
+        teacher_score: on the test split, computed in this run; None where nothing judges.
+        teacher_parameters: number of weights.
+        teacher_fingerprint: digest of the weights.
+        real_data: everything real that was read.
+        seed: of the run.
+        recipe_yaml: the resolved recipe.
+        student_card: what is needed to build the student again.
+        command: how to run it again.
+        started: date and time, ISO 8601.
+    """
+
+    method: str
+    plugins: tuple[str, ...]
+    teacher_score: float | None
+    teacher_parameters: int
+    teacher_fingerprint: str
+    real_data: tuple[RealData, ...]
+    seed: int
+    recipe_yaml: str
+    student_card: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
+    started: str = ""
+
+
+def write_start(out: Path, facts: RunFacts) -> None:
+    """recipe.yaml and run.json, before the first step."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "recipe.yaml", facts.recipe_yaml)
+    write_json(
+        out / "run.json",
+        {
+            "schema": 1,
+            "started": facts.started,
+            "command": facts.command,
+            "seed": facts.seed,
+            "versions": runtime.versions(),
+            "machine": runtime.machine(),
+            "teacher_fingerprint": facts.teacher_fingerprint,
+            "real_data": [asdict(item) for item in facts.real_data],
+        },
+    )
+
+
+def summarize(
+    facts: RunFacts, outcome: Outcome, task: Task, student: nn.Module | None, device: torch.device
+) -> dict[str, Any]:
+    """summary.json, version 1; `score` is the last step's, `best_score` is told for comparison."""
+    values = [scores[task.metric] for scores in outcome.scores if task.metric in scores]
+    return {
+        "schema": 1,
+        "method": facts.method,
+        "plugins": list(facts.plugins),
+        "task": task.kind,
+        "metric": task.metric,
+        "teacher": {"score": facts.teacher_score, "parameters": facts.teacher_parameters},
+        "student": None
+        if student is None
+        else {
+            "score": values[-1] if values else None,
+            "best_score": max(values) if values else None,
+            "parameters": count_parameters(student),
+        },
+        "arms": {},
+        "steps": outcome.steps,
+        "seconds": round(outcome.seconds, 2),
+        "peak_memory_mib": round(runtime.peak_memory_mib(device), 1),
+        "teacher_queries": outcome.teacher_queries,
+        "real_data": [asdict(item) for item in facts.real_data],
+        "seed": facts.seed,
+        "device": str(device),
+        "versions": runtime.versions(),
+        "result": {"kind": outcome.result.kind, "path": "student.safetensors"},
+        "complete": outcome.complete,
+        "diagnosis": [finding.as_dict() for finding in outcome.findings],
+    }
+
+
+def write_student(out: Path, student: nn.Module, card: Mapping[str, Any]) -> None:
+    """student.safetensors and student.json; the card last, so that it never speaks of nothing."""
+    write_bytes(out / "student.safetensors", tensors_to_bytes(student.state_dict()))
+    write_json(out / "student.json", {"schema": 1, **card, "weights": "student.safetensors"})
+
+
+def write_samples(out: Path, outcome: Outcome, task: Task, classes: Sequence[str]) -> bool:
+    """samples.png: synthesised images in rows by the teacher's class; False if there are none."""
+    if outcome.samples is None or task.spec.kind != "image":
+        return False
+    inputs, answers = outcome.samples
+    images = task.spec.denormalize(inputs.float().cpu())
+    order = torch.argsort(answers.cpu(), stable=True)
+    names = [classes[int(answers[i])] if classes else str(int(answers[i])) for i in order]
+    sheet = contact_sheet(images[order], columns=_SHEET_ROWS, scale=_scale(images), labels=names)
+    save_png(sheet, out / "samples.png")
+    return True
+
+
+def _scale(images: torch.Tensor) -> int:
+    return max(1, 64 // images.shape[-1])

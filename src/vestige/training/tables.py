@@ -1,0 +1,202 @@
+"""The numbers of a `summary.json` as people read them, and as tables for the terminal.
+
+A summary may come from a run that is not finished or from another version, so nothing in it is
+taken for granted: a missing or malformed value reads as "–".
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_SHARES = ("accuracy", "agreement", "iou", "f1", "auc", "rate", "recall", "precision")
+UNKNOWN = "–"
+
+
+@dataclass(frozen=True)
+class ArmRow:
+    """One arm of a run; NaN and None stand for what was not recorded."""
+
+    name: str
+    title: str
+    score: float
+    gap_closed: float
+    seconds: float
+    images_made: float
+    real_images_read: float
+    data_free: bool | None
+    headline: bool
+
+
+def arm_rows(summary: Mapping[str, Any]) -> list[ArmRow]:
+    """The arms of a summary in their order; those without details come last."""
+    details = [mapping(item) for item in sequence(summary.get("arm_details"))]
+    scores = mapping(summary.get("arms"))
+    known = {str(item.get("name")): item for item in details if item.get("name") is not None}
+    rows = []
+    for name in [*known, *(name for name in scores if name not in known)]:
+        item = known.get(name, {})
+        score = number(item.get("score"))
+        free = item.get("data_free")
+        rows.append(
+            ArmRow(
+                name=name,
+                title=str(item.get("title") or name),
+                score=number(scores.get(name)) if math.isnan(score) else score,
+                gap_closed=number(item.get("gap_closed")),
+                seconds=number(item.get("seconds")),
+                images_made=number(item.get("images_made")),
+                real_images_read=number(item.get("real_images_read")),
+                data_free=free if isinstance(free, bool) else None,
+                headline=item.get("headline") is True,
+            )
+        )
+    return rows
+
+
+def arms_table(summary: Mapping[str, Any]) -> "Table":
+    """One line per arm: score, gap closed, seconds, real images read; the headline arm in bold."""
+    from rich.table import Table
+    from rich.text import Text
+
+    metric = str(summary.get("metric") or "score")
+    table = Table(caption=_teacher_line(summary))
+    table.add_column("arm", overflow="fold")
+    for heading in (metric, "gap closed", "seconds", "real images read"):
+        table.add_column(heading, justify="right")
+    for row in arm_rows(summary):
+        # Text, not str: names may hold square brackets, which rich reads as mark-up.
+        table.add_row(
+            Text(row.title),
+            format_score(row.score, metric),
+            format_share(row.gap_closed),
+            format_seconds(row.seconds),
+            format_count(row.real_images_read),
+            style="bold" if row.headline else None,
+        )
+    return table
+
+
+def result_table(summary: Mapping[str, Any]) -> "Table":
+    """One line per figure of a single run: scores, sizes, time, memory, queries, real data."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False)
+    table.add_column("figure")
+    table.add_column("value", justify="right", overflow="fold")
+    for label, value in result_figures(summary):
+        table.add_row(Text(label), Text(value))
+    return table
+
+
+def result_figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures of a single run that are known, each with its label, ready to show."""
+    metric = str(summary.get("metric") or "score")
+    teacher, student = mapping(summary.get("teacher")), mapping(summary.get("student"))
+    plugins = [str(plugin) for plugin in sequence(summary.get("plugins"))]
+    memory = number(summary.get("peak_memory_mib"))
+    result = mapping(summary.get("result"))
+    figures = [
+        ("method", " + ".join([str(summary.get("method") or UNKNOWN), *plugins])),
+        (f"student {metric}, last step", format_score(number(student.get("score")), metric)),
+        (f"student {metric}, best step", format_score(number(student.get("best_score")), metric)),
+        (f"teacher {metric}", format_score(number(teacher.get("score")), metric)),
+        ("student parameters", format_size(number(student.get("parameters")))),
+        ("teacher parameters", format_size(number(teacher.get("parameters")))),
+        ("steps", format_count(number(summary.get("steps")))),
+        ("seconds", format_seconds(number(summary.get("seconds")))),
+        ("peak memory", UNKNOWN if math.isnan(memory) else f"{memory:,.0f} MiB"),
+        ("teacher queries", format_count(number(summary.get("teacher_queries")))),
+        ("result", str(result.get("path") or UNKNOWN)),
+    ]
+    if isinstance(summary.get("real_data"), list):
+        records = sequence(summary["real_data"])
+        names = sorted({record_name(record) for record in records if for_training(record)})
+        figures.append(("real data read for training", ", ".join(names) or "none"))
+    return [(label, value) for label, value in figures if value != UNKNOWN]
+
+
+def for_training(record: object) -> bool:
+    """Whether a record of real data says, or leaves open, that a student was trained on it."""
+    purpose = str(mapping(record).get("purpose") or "").strip().lower()
+    return not purpose.startswith(("evaluat", "test"))
+
+
+def record_name(record: object) -> str:
+    """The name of a record of real data, which is a mapping or the bare name."""
+    return str(record.get("name") or UNKNOWN) if isinstance(record, Mapping) else str(record)
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share of one and reads best as a percentage."""
+    return any(word in metric.lower() for word in _SHARES)
+
+
+def format_score(value: float, metric: str) -> str:
+    """A score: "96.8 %" for shares in [0, 1], else four digits."""
+    if is_share(metric) and -1.0 <= value <= 1.0:
+        return format_share(value)
+    return f"{value:.4g}" if math.isfinite(value) else UNKNOWN
+
+
+def format_share(value: float) -> str:
+    """A share as a percentage with one decimal."""
+    return f"{100 * value:.1f} %" if math.isfinite(value) else UNKNOWN
+
+
+def format_count(value: float) -> str:
+    """A whole number with thousands separated."""
+    return f"{value:,.0f}" if math.isfinite(value) else UNKNOWN
+
+
+def format_size(value: float) -> str:
+    """A number of parameters: 812, 3.6k, 24k, 11.2M."""
+    if not math.isfinite(value):
+        return UNKNOWN
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.{1 if value < 100 * size else 0}f}".removesuffix(".0") + unit
+    return f"{value:.0f}"
+
+
+def format_seconds(value: float) -> str:
+    """Seconds with one decimal below 100."""
+    if not math.isfinite(value):
+        return UNKNOWN
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def number(value: object) -> float:
+    """A number read from JSON, or NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
+
+
+def mapping(value: object) -> Mapping[str, Any]:
+    """A mapping read from JSON, or an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def sequence(value: object) -> list[Any]:
+    """A list read from JSON, or an empty one."""
+    return value if isinstance(value, list) else []
+
+
+def _teacher_line(summary: Mapping[str, Any]) -> str | None:
+    teacher = mapping(summary.get("teacher"))
+    score = number(teacher.get("score"))
+    if math.isnan(score):
+        return None
+    metric = str(summary.get("metric") or "score")
+    return (
+        f"teacher {format_score(score, metric)}, "
+        f"{format_size(number(teacher.get('parameters')))} parameters"
+    )

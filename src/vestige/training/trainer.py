@@ -1,0 +1,500 @@
+"""Drive a method: between two of its steps log, evaluate, checkpoint, watch the budget."""
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from vestige.core import modes, seeding
+from vestige.core.protocols import Method, Plugin, Sharded, Source, Stateful, Task, Teacher
+from vestige.core.types import Result, Step
+from vestige.errors import CheckpointError, ContractError, Interrupted, NonFiniteLossError
+from vestige.training import guard, runtime
+from vestige.training.checkpoint import CheckpointStore
+from vestige.training.context import RunContext
+from vestige.training.diagnosis import Diagnosis, Finding
+from vestige.training.tracking import Callback, Event, MetricsFile
+
+logger = logging.getLogger(__name__)
+
+Evaluate = Callable[[nn.Module], Mapping[str, float]]
+_SAMPLES = 100
+
+
+class TrainerConfig(BaseModel):
+    """How a run is driven; nothing here changes what is learned.
+
+    Attributes:
+        device: "auto" takes a GPU if there is one, else "cpu", "cuda" or "cuda:1".
+        log_every: optimizer steps between two rows of the metrics file; higher is faster on a GPU.
+        evaluate_every: rounds between two evaluations; the last round is always evaluated.
+        checkpoint_every: rounds between two checkpoints; the last round always gets one.
+        minutes: the run stops at the end of the round in which this much time has passed.
+        max_steps: the run stops at the end of the round in which this many steps were done.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: str = "auto"
+    log_every: int = Field(10, ge=1)
+    evaluate_every: int = Field(1, ge=1)
+    checkpoint_every: int = Field(1, ge=1)
+    minutes: float | None = Field(None, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+
+
+@dataclass
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        result: what the user gets.
+        scores: one entry per evaluation, "step" and the task's metrics; the last is the headline.
+        findings: what the diagnosis noticed.
+        steps: optimizer steps, earlier parts of a resumed run included.
+        seconds: time spent, earlier parts included.
+        teacher_queries: rows that the teachers were asked.
+        samples: (inputs, the teacher's classes) of the last student batch, at most 100, or None.
+        complete: False if a budget stopped the run.
+    """
+
+    result: Result
+    scores: list[dict[str, float]] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    steps: int = 0
+    seconds: float = 0.0
+    teacher_queries: int = 0
+    samples: tuple[Tensor, Tensor] | None = None
+    complete: bool = True
+
+
+class Trainer:
+    """Runs one method to its end, or to the end of its budget.
+
+    Args:
+        method: built, not yet run.
+        task: judges nothing here, but is shown to plug-ins and to the diagnosis.
+        teachers: handed to plug-ins; their query counts are kept with the run.
+        student: evaluated; None where the method trains none.
+        plugins: by name, outermost first.
+        sources: their files may be opened while the method runs.
+        evaluate: metrics of the student on real test data, or None.
+        out: run folder, or None to keep nothing.
+        seed: of every stream of randomness.
+        config: how the run is driven.
+        identity: what must not differ when the run is resumed.
+        callbacks: called with each event.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        task: Task,
+        *,
+        teachers: Sequence[Teacher] = (),
+        student: nn.Module | None = None,
+        plugins: Mapping[str, Plugin] | None = None,
+        sources: Mapping[str, Source] | None = None,
+        evaluate: Evaluate | None = None,
+        out: Path | None = None,
+        seed: int = 0,
+        config: TrainerConfig | None = None,
+        identity: Mapping[str, Any] | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.method = method
+        self.task = task
+        self.teachers = list(teachers)
+        self.student = student
+        self.plugins = dict(plugins or {})
+        self.sources = dict(sources or {})
+        self.evaluate = evaluate
+        self.out = out
+        self.seed = seed
+        self.config = config or TrainerConfig()
+        self.identity = {"seed": seed, "plugins": list(self.plugins), **(identity or {})}
+        self.callbacks = list(callbacks)
+        self.device = runtime.device(self.config.device)
+        self.diagnosis = Diagnosis(task.num_classes)
+        self.scores: list[dict[str, float]] = []
+        self._store = None if out is None else CheckpointStore(out / "checkpoints")
+        self._metrics = MetricsFile(None if out is None else out / "metrics.jsonl")
+        self._saved: dict[str, Any] | None = None
+        self._samples: tuple[Tensor, Tensor] | None = None
+        self._pending: dict[str, Step] = {}
+        self._bad_step: Tensor | None = None
+        self._checkpoint_step = 0
+        self._number = 0
+        self._seconds_before = 0.0
+        self._started = 0.0
+        self._round_started = 0.0
+        self._budget_told = False
+        self.ctx = RunContext(
+            seed=seed,
+            device=self.device,
+            plugins=self.plugins,
+            reduce=runtime.average_gradients,
+            on_loop=self._begin_loop,
+            on_round=self._end_round,
+        )
+
+    def run(self, *, resume: bool = False) -> Outcome:
+        """Drive the method.
+
+        Args:
+            resume: go on from the newest sound checkpoint; without one, start from the beginning.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM; the last checkpoint stands.
+            NonFiniteLossError: a loss became NaN or infinite; the last checkpoint stands.
+            CheckpointError: the checkpoint is of another run.
+        """
+        self._open(resume)
+        self._started = self._round_started = time.perf_counter()
+        seeding.seed_globals(self.seed)
+        allowed = tuple(path for source in self.sources.values() for path in source.paths)
+        with _interruptible(self._interrupted), guard.watching(type(self.method).__name__, allowed):
+            with guard.pausing():
+                for plugin in self.plugins.values():
+                    plugin.setup(self.task, self.teachers, self._student(), self.ctx)
+                self._tell("start", resumed=self._saved is not None, step=self._checkpoint_step)
+            for step in self.method.run(self.ctx):
+                self._after_step(step)
+            with guard.pausing():
+                return self._finish()
+
+    def _student(self) -> nn.Module:
+        if self.student is None:
+            raise ContractError("plug-ins need a student, and this method trains none")
+        return self.student
+
+    # Between steps
+
+    def _after_step(self, step: Step) -> None:
+        if step.loss is not None:
+            total = step.loss.total
+            if self._bad_step is None:
+                self._bad_step = torch.full((), -1, dtype=torch.int64, device=total.device)
+            number = torch.full_like(self._bad_step, self.ctx.progress.steps)
+            bad = (~torch.isfinite(total)) & (self._bad_step < 0)
+            self._bad_step = torch.where(bad, number, self._bad_step)
+            self._pending[step.role] = step
+            if step.role == "student":
+                self.diagnosis.observe(step.loss)
+        if self.ctx.progress.steps % self.config.log_every == 0:
+            with guard.pausing():
+                self._log()
+                self._tell("step", step=self.ctx.progress.steps)
+
+    def _log(self) -> None:
+        self._check_finite()
+        progress = self.ctx.progress
+        for role, step in self._pending.items():
+            if step.loss is None:
+                continue
+            self._metrics.add(
+                "step",
+                step=progress.steps,
+                role=role,
+                loop=progress.loop,
+                round=progress.round,
+                seconds=round(self._seconds(), 3),
+                terms={name: float(term) for name, term in step.loss.terms.items()},
+                total=float(step.loss.total),
+            )
+        student = self._pending.get("student")
+        if student is not None and student.loss is not None and student.loss.inputs is not None:
+            teacher = student.loss.teacher
+            if teacher is not None and teacher.logits.dim() == 2:
+                self._samples = (
+                    student.loss.inputs[:_SAMPLES],
+                    teacher.logits[:_SAMPLES].argmax(1),
+                )
+        self._pending.clear()
+
+    def _check_finite(self) -> None:
+        if self._bad_step is None or int(self._bad_step) < 0:
+            return
+        number = int(self._bad_step)
+        raise NonFiniteLossError(
+            f"the loss became NaN or infinite at step {number}, expected a finite one; lower the "
+            f"learning rates or set a gradient clip. The last checkpoint, at step "
+            f"{self._checkpoint_step}, is kept"
+        )
+
+    # Between rounds
+
+    def _begin_loop(self, name: str, n: int) -> int:
+        with guard.pausing():
+            self._round_started = time.perf_counter()
+            if self._saved is None:
+                if self._number == 0 and self._store is not None:
+                    self._checkpoint()
+                return 0
+            position = self._saved["context"]["progress"]
+            if name in position["finished"]:
+                self._restore(complete=False)
+                return n
+            if name != position["loop"]:
+                raise CheckpointError(
+                    f"the checkpoint stands in loop {position['loop']!r}, and the run began loop "
+                    f"{name!r}; it is of another method or version. Start again without --resume"
+                )
+            done = int(position["round"])
+            self._restore(complete=done < n)
+            self._saved = None
+            return done
+
+    def _end_round(self) -> bool:
+        with guard.pausing():
+            progress = self.ctx.progress
+            self._log()
+            self._check_plugins()
+            last = progress.round == progress.rounds
+            record = self.diagnosis.end_round(self.student)
+            if record is not None:
+                self._metrics.add(
+                    "round",
+                    loop=progress.loop,
+                    round=progress.round,
+                    step=progress.steps,
+                    seconds=round(self._seconds(), 3),
+                    agreement=record.agreement,
+                    classes=record.classes,
+                    train_eval_agreement=record.train_eval_agreement,
+                )
+            stop = self._out_of_budget(last)
+            if last or stop or progress.round % self.config.evaluate_every == 0:
+                self._evaluate()
+            self._number += 1
+            # Rows first: those beyond the checkpoint go on resume, missing ones would stay missing.
+            self._metrics.flush()
+            if last or stop or progress.round % self.config.checkpoint_every == 0:
+                self._checkpoint()
+            self._tell(
+                "round",
+                loop=progress.loop,
+                round=progress.round,
+                rounds=progress.rounds,
+                step=progress.steps,
+                seconds=self._seconds(),
+            )
+            self._round_started = time.perf_counter()
+            return not stop
+
+    def _check_plugins(self) -> None:
+        uncalled = sorted(set(self.plugins) - self.ctx.called)
+        if uncalled and "student" in self.ctx.roles:
+            raise ContractError(
+                f"plug-ins {uncalled} were not called in a round that updated the student; "
+                f"{type(self.method).__name__} does not route its updates through ctx.update"
+            )
+
+    def _evaluate(self) -> None:
+        if self.evaluate is None or self.student is None:
+            return
+        progress = self.ctx.progress
+        with seeding.preserved():
+            saved = modes.flags(self.student)
+            scores = dict(self.evaluate(self.student))
+            modes.set_flags(self.student, saved)
+        self.scores.append({"step": progress.steps, **scores})
+        self._metrics.add("evaluation", step=progress.steps, round=progress.round, scores=scores)
+        self._tell("evaluation", step=progress.steps, scores=scores)
+
+    def _out_of_budget(self, last: bool) -> bool:
+        progress, minutes = self.ctx.progress, self.config.minutes
+        if self.config.max_steps is not None and progress.steps >= self.config.max_steps:
+            return not last
+        if minutes is None:
+            return False
+        left = minutes * 60 - self._seconds()
+        round_seconds = time.perf_counter() - self._round_started
+        missing = progress.rounds - progress.round
+        fitting = max(0, int(left / max(round_seconds, 1e-9)))
+        if fitting < missing and not self._budget_told:
+            self._budget_told = True
+            self._warn(
+                f"the budget of {minutes:g} minutes is enough for about {progress.round + fitting} "
+                f"of {progress.rounds} rounds of {progress.loop!r}; schedules are not shortened, "
+                "so set fewer rounds if the learning rate should decay in time"
+            )
+        return left <= 0 and not last
+
+    def _finish(self) -> Outcome:
+        self._log()
+        if self._saved is not None:
+            raise CheckpointError("the run ended before it reached the loop of its checkpoint")
+        uncalled = sorted(set(self.plugins) - self.ctx.called)
+        if uncalled:
+            raise ContractError(
+                f"plug-ins {uncalled} were never called; {type(self.method).__name__} makes no "
+                "update that they could wrap"
+            )
+        if not self.scores or self.scores[-1]["step"] != self.ctx.progress.steps:
+            self._evaluate()
+        self._metrics.flush()
+        if self.student is not None:
+            self.student.eval()
+        findings = self.diagnosis.findings()
+        for finding in findings:
+            self._warn(f"{finding.message}: {finding.knob}")
+        self._tell("end", step=self.ctx.progress.steps, seconds=self._seconds())
+        return Outcome(
+            self.method.result(),
+            self.scores,
+            findings,
+            self.ctx.progress.steps,
+            self._seconds(),
+            self._queries(),
+            self._samples,
+            complete=not self.ctx.stopping,
+        )
+
+    # State
+
+    def _open(self, resume: bool) -> None:
+        if self._store is None:
+            return
+        if not resume:
+            self._store.clear()
+            self._metrics.restart(after_step=-1)
+            return
+        self._saved = self._store.load()
+        if self._saved is None:
+            self._metrics.restart(after_step=-1)
+            return
+        changed = sorted(
+            key
+            for key in {*self.identity, *self._saved["identity"]}
+            if self.identity.get(key) != self._saved["identity"].get(key)
+        )
+        if changed:
+            raise CheckpointError(
+                f"the run in {self.out} was started with other settings ({', '.join(changed)}); "
+                "resume with the recipe it was started with, or start in a new folder"
+            )
+        self._number = int(self._saved["number"])
+        self._seconds_before = float(self._saved["seconds"])
+        self._checkpoint_step = int(self._saved["context"]["progress"]["steps"])
+        self._metrics.restart(after_step=self._checkpoint_step)
+
+    def _all_parts(self) -> Iterator[tuple[str, Any]]:
+        for name, part in self.method.parts().items():
+            yield f"method.{name}", part
+        for plugin_name, plugin in self.plugins.items():
+            for name, part in plugin.parts().items():
+                yield f"plugin.{plugin_name}.{name}", part
+        for index, teacher in enumerate(self.teachers):
+            if isinstance(teacher, Stateful) and not isinstance(teacher, nn.Module):
+                yield f"teacher.{index}", teacher
+
+    def _checkpoint(self) -> None:
+        if self._store is None:
+            return
+        parts = dict(self._all_parts())
+        state = {
+            "identity": self.identity,
+            "number": self._number,
+            "seconds": self._seconds(),
+            "context": self.ctx.state(),
+            "parts": {n: p.state_dict() for n, p in parts.items() if isinstance(p, Stateful)},
+            "flags": {n: modes.flags(p) for n, p in parts.items() if isinstance(p, nn.Module)},
+            "globals": seeding.global_state(),
+            "diagnosis": self.diagnosis.state_dict(),
+            "scores": self.scores,
+            "queries": [getattr(teacher, "queries", 0) for teacher in self.teachers],
+            "samples": self._samples,
+        }
+        growing = {name: part for name, part in parts.items() if isinstance(part, Sharded)}
+        self._store.save(self._number, state, growing)
+        self._checkpoint_step = self.ctx.progress.steps
+
+    def _restore(self, *, complete: bool) -> None:
+        saved, store = self._saved, self._store
+        if saved is None or store is None:
+            return
+        parts = dict(self._all_parts())
+        stateful = {name: part for name, part in parts.items() if isinstance(part, Stateful)}
+        if set(stateful) != set(saved["parts"]):
+            differing = sorted(set(stateful) ^ set(saved["parts"]))
+            raise CheckpointError(
+                f"checkpoint and run differ in the parts {differing}; it is of another method or "
+                "version"
+            )
+        for name, part in stateful.items():
+            try:
+                part.load_state_dict(saved["parts"][name])
+            except RuntimeError as error:
+                raise CheckpointError(
+                    f"part {name!r} does not fit the checkpoint: {error}"
+                ) from error
+        for name, part in parts.items():
+            if isinstance(part, Sharded):
+                part.load_shards(store.shards(saved["shards"][name]))
+            if isinstance(part, nn.Module):
+                modes.set_flags(part, saved["flags"][name])
+        for teacher, queries in zip(self.teachers, saved["queries"], strict=True):
+            if hasattr(teacher, "queries"):
+                teacher.queries = queries
+        self.diagnosis.load_state_dict(saved["diagnosis"])
+        self.scores[:] = saved["scores"]
+        self._samples = saved["samples"]
+        self.ctx.restore(saved["context"], complete=complete)
+        # Last, because loading may draw: from here on the run draws what it would have drawn.
+        seeding.set_global_state(saved["globals"])
+
+    # Helpers
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._started
+
+    def _queries(self) -> int:
+        return sum(int(getattr(teacher, "queries", 0)) for teacher in self.teachers)
+
+    def _warn(self, message: str) -> None:
+        logger.warning(message)
+        self._tell("warning", message=message)
+
+    def _tell(self, kind: str, **data: Any) -> None:
+        if self.callbacks:
+            with seeding.preserved():
+                for callback in self.callbacks:
+                    callback(Event(kind, data))
+
+    def _interrupted(self) -> Interrupted:
+        repeated = self.ctx.progress.steps - self._checkpoint_step
+        if self._store is None:
+            return Interrupted("stopped; nothing was kept, because the run has no folder")
+        return Interrupted(
+            f"stopped at step {self.ctx.progress.steps}; --resume goes on from step "
+            f"{self._checkpoint_step}, so {repeated} steps will be repeated"
+        )
+
+
+@contextmanager
+def _interruptible(message: Callable[[], Interrupted]) -> Iterator[None]:
+    """Turn Ctrl-C and SIGTERM into `Interrupted`."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if main else None
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise message() from error
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
