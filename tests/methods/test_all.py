@@ -1,0 +1,560 @@
+"""What every registered method holds; a new file in `vestige.methods` is picked up by itself."""
+
+import copy
+import inspect
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from vestige.core.functional import functional
+from vestige.core.protocols import Source, StudentUpdate
+from vestige.core.types import Batch, InputSpec, Loss, Prediction, Requires, Step
+from vestige.errors import ContractError
+from vestige.recipes.build import build_method
+from vestige.recipes.catalog import METHODS
+from vestige.sources.noise import NoiseSource
+from vestige.tasks.classification import Classification
+from vestige.teachers.white_box import WhiteBoxTeacher
+from vestige.training.checkpoint import CheckpointStore
+from vestige.training.context import RunContext
+from vestige.training.tracking import Event
+from vestige.training.trainer import Trainer, TrainerConfig
+
+SPEC = InputSpec.image(1, 8, 8)
+ROUNDS, ROWS = 2, 8
+# Applied where a method's Config has the field.
+SMALL = {
+    "rounds": ROUNDS,
+    "iterations": 2,
+    "student_steps": 2,
+    "batch_size": ROWS,
+    "generator_width": 4,
+    "latent_dim": 8,
+    "replay_size": 12,
+}
+OPTIONS = {"bn_weight": 0.5, "balance_weight": 0.5, "replay": 0.5, "student_mode": "eval"}
+
+
+def fits(name: str) -> bool:
+    """Whether the tiny image classifiers can serve the method at all."""
+    return "classification" in METHODS.get(name).requires.tasks
+
+
+NAMES = [name for name in METHODS.names() if fits(name)]
+CASES = [
+    pytest.param(name, options, id=f"{name}-{'options' if options else 'published'}")
+    for name in NAMES
+    for options in ({}, OPTIONS)
+    if not options or set(options) & set(METHODS.get(name).Config.model_fields)
+]
+
+
+@dataclass
+class Job:
+    """A method that is built and not yet run, with what it was built from."""
+
+    cfg: Any
+    method: Any
+    task: Classification
+    teachers: list[WhiteBoxTeacher]
+    student: nn.Module
+    sources: Mapping[str, Source]
+    seed: int
+
+    @property
+    def nets(self) -> dict[str, nn.Module]:
+        """Every network by the name that `passes` uses for it."""
+        parts = {n: p for n, p in self.method.parts().items() if isinstance(p, nn.Module)}
+        return {"student": self.student, "teacher": self.teachers[0], **parts}
+
+
+def assemble(
+    name: str,
+    options: Mapping[str, Any],
+    teacher: nn.Module,
+    student: nn.Module,
+    *,
+    seed: int = 0,
+) -> Job:
+    """The method at the smallest size, on copies of the networks."""
+    method = METHODS.get(name)
+    values = {**SMALL, **options}
+    fields = method.Config.model_fields
+    cfg = method.Config(**{key: value for key, value in values.items() if key in fields})
+    task = Classification(SPEC, 3)
+    teachers = [
+        WhiteBoxTeacher(copy.deepcopy(teacher)) for _ in range(max(1, method.requires.teachers[0]))
+    ]
+    student = copy.deepcopy(student)
+    sources = {source: NoiseSource(SPEC) for source in method.requires.sources}
+    built = build_method(name, cfg, task, teachers, student, sources, seed)
+    return Job(cfg, built, task, teachers, student, sources, seed)
+
+
+def trainer(job: Job, out: Path | None = None, **given: Any) -> Trainer:
+    return Trainer(
+        job.method,
+        job.task,
+        teachers=job.teachers,
+        student=job.student,
+        sources=job.sources,
+        seed=job.seed,
+        out=out,
+        config=TrainerConfig(device="cpu", log_every=1),
+        **given,
+    )
+
+
+class CountingContext(RunContext):
+    """Counts the steps of every optimizer by the network that it moves."""
+
+    def __init__(self, nets: Mapping[str, nn.Module], counts: Counter[str], **given: Any) -> None:
+        super().__init__(**given)
+        self.nets, self.counts = nets, counts
+
+    def optimizer(self, *args: Any, **given: Any) -> torch.optim.Optimizer:
+        made = super().optimizer(*args, **given)
+        moved = {id(p) for group in made.param_groups for p in group["params"]}
+        owner = next(n for n, net in self.nets.items() if moved & {id(p) for p in net.parameters()})
+        made.register_step_post_hook(lambda *_: self.counts.update([f"{owner}_step"]))
+        return made
+
+
+def drive(
+    job: Job, *, plugins: Mapping[str, Any] | None = None, counts: Counter[str] | None = None
+) -> list[Step]:
+    """Run the method without the trainer, whose diagnosis and evaluation make passes of their own."""
+    ctx = CountingContext(
+        job.nets,
+        Counter() if counts is None else counts,
+        seed=job.seed,
+        device=torch.device("cpu"),
+        plugins=plugins or {},
+        reduce=lambda params: None,
+        on_loop=lambda name, n: 0,
+        on_round=lambda: True,
+    )
+    for plugin in (plugins or {}).values():
+        plugin.setup(job.task, job.teachers, job.student, ctx)
+    return list(job.method.run(ctx))
+
+
+class Plain:
+    """What all test-only plug-ins share."""
+
+    Config = BaseModel
+    requires = Requires()
+
+    def setup(self, task: Any, teachers: Any, student: nn.Module, ctx: Any) -> None:
+        self.ctx = ctx
+
+    def parts(self) -> dict[str, Any]:
+        return {}
+
+
+class Spy(Plain):
+    """Looks at every student update, then lets it pass."""
+
+    def __init__(self, look: Callable[[StudentUpdate, Any], None]) -> None:
+        self.look = look
+        self.updates = 0
+
+    def student_gradient(self, update: StudentUpdate, following: Callable[[], Loss]) -> Loss:
+        self.updates += 1
+        self.look(update, self.ctx)
+        return following()
+
+
+class Weigh(Plain):
+    """Gives all rows one weight and keeps the first update's loss and gradient."""
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+        self.gradients: dict[str, Tensor] = {}
+        self.all_zero = True
+
+    def student_batch(self, batch: Batch) -> Batch:
+        return batch.weighted(torch.full((len(batch),), self.weight))
+
+    def student_gradient(self, update: StudentUpdate, following: Callable[[], Loss]) -> Loss:
+        loss = following()
+        found = {n: p.grad.clone() for n, p in update.params.items() if p.grad is not None}
+        self.gradients = self.gradients or found
+        self.all_zero &= not any(grad.any() for grad in found.values())
+        return loss
+
+
+class Drop(Plain):
+    """Keeps the first `keep` rows of a student batch."""
+
+    def __init__(self, keep: int) -> None:
+        self.keep = keep
+        self.dropped = 0
+
+    def student_batch(self, batch: Batch) -> Batch:
+        self.dropped += len(batch) - self.keep
+        return batch.rows(slice(0, self.keep))
+
+
+class Extra(Plain):
+    """Adds a term to the source's loss."""
+
+    def source_terms(self, loss: Loss, batch: Batch) -> dict[str, Tensor]:
+        assert loss.inputs is not None
+        assert loss.inputs.requires_grad
+        return {"extra": 0.1 * loss.inputs.square().mean()}
+
+
+class Restless(Plain):
+    """Weights rows at random and scales the gradient by a running norm: chance and state."""
+
+    def __init__(self) -> None:
+        self.norm = torch.ones(())
+
+    def setup(self, task: Any, teachers: Any, student: nn.Module, ctx: Any) -> None:
+        self.rng = ctx.generator("restless")
+
+    def parts(self) -> dict[str, Any]:
+        return {"norm": self}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"norm": self.norm}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.norm = state["norm"]
+
+    def student_batch(self, batch: Batch) -> Batch:
+        return batch.weighted(torch.rand(len(batch), generator=self.rng) + 0.5)
+
+    def student_gradient(self, update: StudentUpdate, following: Callable[[], Loss]) -> Loss:
+        loss = following()
+        grads = [p.grad for p in update.params.values() if p.grad is not None]
+        self.norm = 0.9 * self.norm + 0.1 * torch.stack([g.norm() for g in grads]).norm()
+        for grad in grads:
+            grad /= self.norm
+        return loss
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def equal(first: Any, second: Any) -> bool:
+    """Whether nested states are the same bit for bit."""
+    if isinstance(first, Tensor):
+        return isinstance(second, Tensor) and torch.equal(first, second)
+    if isinstance(first, Mapping):
+        return set(first) == set(second) and all(equal(first[k], second[k]) for k in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(equal, first, second))
+    if hasattr(first, "shape"):
+        return bool((first == second).all())
+    return bool(first == second)
+
+
+def checkpoint(out: Path) -> dict[str, Any]:
+    """The last checkpoint without the time it took."""
+    state = CheckpointStore(out / "checkpoints").load()
+    assert state is not None
+    del state["seconds"]
+    return state
+
+
+def hooks(module: nn.Module) -> int:
+    return sum(
+        len(getattr(layer, kind))
+        for layer in module.modules()
+        for kind in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+        )
+    )
+
+
+def test_every_method_is_covered_or_of_another_task():
+    assert {"dfad", "kd"} <= set(NAMES)
+    others = set(METHODS.names()) - set(NAMES)
+    assert all("classification" not in METHODS.get(name).requires.tasks for name in others)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_two_rounds_leave_a_trained_student_and_an_untouched_teacher(
+    name, options, tiny_teacher, dropout_student, tmp_path
+):
+    job = assemble(name, options, tiny_teacher, dropout_student)
+    teachers = [state_of(teacher) for teacher in job.teachers]
+    student = state_of(job.student)
+    run = trainer(job, tmp_path)
+    outcome = run.run()
+
+    assert outcome.complete
+    assert outcome.steps == run.ctx.progress.steps > 0
+    assert outcome.result.kind
+    for before, teacher in zip(teachers, job.teachers, strict=True):
+        assert equal(before, state_of(teacher))
+        assert not any(layer.training for layer in teacher.modules())
+        assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
+    assert not equal(student, state_of(job.student))
+    assert all(torch.isfinite(value).all() for value in job.student.state_dict().values())
+    assert not any(layer.training for layer in job.student.modules())
+    assert all(parameter.grad is None for parameter in job.student.parameters())
+    assert {key: hooks(net) for key, net in job.nets.items()} == dict.fromkeys(job.nets, 0)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_steps_carry_finite_losses_without_a_graph(name, options, tiny_teacher, dropout_student):
+    steps = drive(assemble(name, options, tiny_teacher, dropout_student))
+    losses = [step.loss for step in steps if step.loss is not None]
+    assert losses
+    for loss in losses:
+        tensors = [loss.total, *loss.terms.values()]
+        assert all(math.isfinite(float(value)) for value in tensors)
+        rows = [loss.inputs, *(p and p.logits for p in (loss.teacher, loss.student))]
+        assert not any(value.requires_grad for value in (*tensors, *rows) if value is not None)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_the_seed_decides_the_weights(name, options, tiny_teacher, dropout_student):
+    def trained(seed: int, noise: int) -> dict[str, Tensor]:
+        torch.manual_seed(noise)  # what ran before must not matter
+        job = assemble(name, options, tiny_teacher, dropout_student, seed=seed)
+        trainer(job).run()
+        return state_of(job.student)
+
+    first = trained(0, noise=1)
+    assert equal(first, trained(0, noise=2))
+    assert not equal(first, trained(1, noise=1))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.7, 1.0])
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_a_killed_and_resumed_run_is_the_uninterrupted_one(
+    name, options, share, tiny_teacher, dropout_student, tmp_path
+):
+    def judge(student: nn.Module) -> dict[str, float]:
+        return {"accuracy": float(torch.rand(())) if student.training else 1.0}
+
+    def run(out: Path, resume: bool = False, callback: Callable[[Event], None] = print) -> Job:
+        job = assemble(name, options, tiny_teacher, dropout_student)
+        run = trainer(
+            job, out, evaluate=judge, plugins={"restless": Restless()}, callbacks=[callback]
+        )
+        run.run(resume=resume)
+        return job
+
+    events: list[str] = []
+    whole = run(tmp_path / "whole", callback=lambda event: events.append(event.kind))
+    last = len(events) - 1
+    # Kinds differ along a run: a start, steps, the ends of rounds, the end.
+    stop = round(share * last)
+
+    class Killed(Exception):
+        pass
+
+    seen: list[str] = []
+
+    def kill(event: Event) -> None:
+        seen.append(event.kind)
+        if len(seen) > stop:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", callback=kill)
+    assert seen == events[: stop + 1]
+    resumed = run(tmp_path / "killed", resume=True, callback=lambda event: None)
+
+    assert equal(state_of(whole.student), state_of(resumed.student))
+    for key, net in whole.nets.items():
+        assert equal(state_of(net), state_of(resumed.nets[key])), key
+    # Optimizers, generators, memories, counts, flags and the plug-in as well.
+    assert equal(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "killed"))
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_every_student_pass_of_a_loss_goes_through_model(
+    name, options, tiny_teacher, dropout_student
+):
+    job = assemble(name, options, tiny_teacher, dropout_student)
+    passes: list[str] = []
+    job.student.register_forward_hook(lambda *_: passes.append("live"))
+
+    def look(update: StudentUpdate, ctx: Any) -> None:
+        elsewhere = functional(update.model, {})
+
+        def record(*args: Any) -> Any:
+            passes.append("given")
+            return elsewhere(*args)
+
+        buffers = {name: buffer.clone() for name, buffer in job.student.named_buffers()}
+        passes.clear()
+        update.loss_fn(record, update.batch)
+        # The recorded callable runs the live module's forward, hence one "live" for each "given".
+        assert passes == ["given", "live"] * (len(passes) // 2)
+        assert "given" in passes
+        assert equal(buffers, dict(job.student.named_buffers()))
+
+    spy = Spy(look)
+    drive(job, plugins={"spy": spy})
+    assert spy.updates > 0
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_the_students_loss_draws_nothing_writes_nothing_and_is_repeatable(
+    name, options, tiny_teacher, tiny_student
+):
+    job = assemble(name, options, tiny_teacher, tiny_student)
+
+    def look(update: StudentUpdate, ctx: Any) -> None:
+        batch = update.batch
+        fields = {key: getattr(batch, key) for key in ("inputs", "labels", "latent", "weights")}
+        before = copy.deepcopy({**fields, "extra": dict(batch.extra)})
+        chance = ctx.rng.get_state().clone(), torch.get_rng_state().clone()
+        first = update.loss_fn(functional(update.model, {}), batch)
+        second = update.loss_fn(functional(update.model, {}), batch)
+        assert torch.equal(ctx.rng.get_state(), chance[0])
+        assert torch.equal(torch.get_rng_state(), chance[1])
+        for key, value in fields.items():
+            assert getattr(batch, key) is value
+        assert equal(before, {**fields, "extra": dict(batch.extra)})
+        assert torch.equal(first.total, second.total)
+
+    spy = Spy(look)
+    drive(job, plugins={"spy": spy})
+    assert spy.updates > 0
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_the_teacher_is_aligned_with_the_inputs_row_by_row(
+    name, options, tiny_teacher, tiny_student
+):
+    job = assemble(name, options, tiny_teacher, tiny_student)
+
+    def look(update: StudentUpdate, ctx: Any) -> None:
+        order = torch.arange(len(update.batch)).flip(0)
+        straight = update.loss_fn(functional(update.model, {}), update.batch)
+        turned = update.loss_fn(functional(update.model, {}), update.batch.rows(order))
+        assert straight.inputs is not None
+        assert turned.inputs is not None
+        assert torch.equal(straight.inputs[order], turned.inputs)
+        for role in ("teacher", "student"):
+            one, other = getattr(straight, role), getattr(turned, role)
+            # Rounding: BatchNorm of the student sums the rows in another order.
+            torch.testing.assert_close(one.logits[order], other.logits, rtol=1e-4, atol=1e-5)
+
+    spy = Spy(look)
+    drive(job, plugins={"spy": spy})
+    assert spy.updates > 0
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_weights_of_a_plug_in_are_honoured(name, options, tiny_teacher, tiny_student):
+    def first_gradient(weight: float) -> Weigh:
+        job = assemble(name, options, tiny_teacher, tiny_student)
+        weigh = Weigh(weight)
+        drive(job, plugins={"weigh": weigh})
+        return weigh
+
+    whole, nothing, turned = (first_gradient(weight) for weight in (1.0, 0.0, -1.0))
+    assert not whole.all_zero
+    assert nothing.all_zero
+    for key, grad in whole.gradients.items():
+        assert torch.equal(turned.gradients[key], -grad), key
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_zero_weights_leave_the_students_weights(name, options, tiny_teacher, tiny_student):
+    # Weight decay moves weights without any gradient.
+    job = assemble(name, {**options, "student_weight_decay": 0.0}, tiny_teacher, tiny_student)
+    before = {key: value.clone() for key, value in job.student.named_parameters()}
+    drive(job, plugins={"weigh": Weigh(0.0)})
+    assert equal(before, dict(job.student.named_parameters()))
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_rows_that_a_plug_in_drops_are_not_asked(name, options, tiny_teacher, tiny_student):
+    whole = assemble(name, options, tiny_teacher, tiny_student)
+    drive(whole)
+    fewer, drop = assemble(name, options, tiny_teacher, tiny_student), Drop(ROWS - 3)
+    drive(fewer, plugins={"drop": drop})
+    assert drop.dropped > 0
+    asked = [sum(teacher.queries for teacher in job.teachers) for job in (whole, fewer)]
+    assert asked[0] - asked[1] == drop.dropped * len(whole.teachers)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_a_frozen_batchnorm_of_the_student_stays_frozen(
+    name, options, tiny_teacher, dropout_student
+):
+    dropout_student[1].eval().requires_grad_(False)
+    job = assemble(name, options, tiny_teacher, dropout_student)
+    norm = job.student[1]
+    before, convolution = state_of(norm), state_of(job.student[0])
+    trainer(job).run()
+    assert equal(before, state_of(norm))
+    assert not equal(convolution, state_of(job.student[0]))
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_passes_are_what_hooks_count(name, options, tiny_teacher, tiny_student):
+    job = assemble(name, options, tiny_teacher, tiny_student)
+    counts: Counter[str] = Counter()
+
+    def count(net: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            counts[f"{net}_forward"] += 1
+            answer = Prediction.of(output).logits
+            if answer.requires_grad:
+                to_input = any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+                kind = "backward_to_input" if to_input else "backward"
+                answer.register_hook(lambda grad: counts.update([f"{net}_{kind}"]))
+
+        return hook
+
+    for net, module in job.nets.items():
+        module.register_forward_hook(count(net))
+    drive(job, counts=counts)
+    passes = {key: value * ROUNDS for key, value in job.method.passes(job.cfg).items() if value}
+    assert dict(counts) == passes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_module_says_what_it_is(name):
+    text = inspect.getdoc(inspect.getmodule(METHODS.get(name))) or ""
+    sections = [text.find(mark) for mark in ("Paper:", "Differs from the paper:", "Cost per round")]
+    assert -1 not in sections
+    assert sections == sorted(sections)
+    assert re.search(r"arXiv\s+\d{4}\.\d{4,5}", text)
+    # "First line the name", and only the name.
+    assert len(text.split("\n")[0]) < 100
+    assert text.split("\n")[1] == ""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plug_in_for_sources_works_or_is_refused(name, tiny_teacher, tiny_student):
+    roles = {step.role for step in drive(assemble(name, {}, tiny_teacher, tiny_student))}
+    job = assemble(name, {}, tiny_teacher, tiny_student)
+    if "source" not in roles:
+        with pytest.raises(ContractError, match=r"\['extra'\] were not called"):
+            trainer(job, plugins={"extra": Extra()}).run()
+        return
+    steps = drive(job, plugins={"extra": Extra()})
+    extended = [step.loss for step in steps if step.role == "source"]
+    assert extended
+    for loss in extended:
+        assert loss is not None
+        assert float(loss.terms["extra"]) > 0
+    assert trainer(
+        assemble(name, {}, tiny_teacher, tiny_student), plugins={"extra": Extra()}
+    ).run()
+    assert all("extra" not in step.loss.terms for step in steps if step.role == "student")

@@ -1,0 +1,211 @@
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from vestige.core.types import InputSpec
+from vestige.data.images import channel_statistics, load_images, to_inputs
+from vestige.errors import DataError, RecipeError
+from vestige.recipes import teacher as teacher_module
+from vestige.recipes.teacher import (
+    RECIPES_FOLDER,
+    TeacherRecipe,
+    load_teacher_recipe,
+    teacher_from_recipe,
+    teacher_recipes,
+    train_teacher,
+)
+from vestige.tasks.classification import Classification
+from vestige.teachers.loading import builtin_card, fingerprint, load_teacher, read_card
+
+SHIPPED = ["digits-convnet", "fashion-mnist-convnet", "mnist-convnet"]
+
+
+@pytest.fixture
+def quick(tmp_path: Path) -> Path:
+    """A recipe of seconds: the digits teacher, narrower, for one epoch."""
+    values = yaml.safe_load((RECIPES_FOLDER / "digits-convnet.yaml").read_text())
+    values["training"]["epochs"] = 1
+    values["model"]["args"] = {"widths": [4, 8, 8]}
+    path = tmp_path / "quick.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VESTIGE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "teachers"
+
+
+def write(path: Path, **changes: object) -> Path:
+    values = yaml.safe_load((RECIPES_FOLDER / "digits-convnet.yaml").read_text())
+    path.write_text(yaml.safe_dump({**values, **changes}))
+    return path
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_validate_and_say_what_they_need(name: str) -> None:
+    recipe = load_teacher_recipe(name)
+    assert recipe.name == name
+    text = (RECIPES_FOLDER / f"{name}.yaml").read_text()
+    header = [line for line in text.splitlines() if line.startswith("#")]
+    assert any(f"vestige train-teacher {name}" in line for line in header)
+    assert any("Needs:" in line for line in header)
+    assert any("Expected: accuracy" in line for line in header)
+
+
+def test_nothing_else_is_shipped() -> None:
+    assert teacher_recipes() == SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_normalisation_is_that_of_the_training_images(name: str) -> None:
+    recipe = load_teacher_recipe(name)
+    try:
+        images = load_images(recipe.data, "train").images
+    except DataError as error:
+        pytest.skip(str(error))
+    plain = InputSpec.image(*recipe.input.spec().shape)
+    mean, std = channel_statistics(to_inputs(images, plain))
+    assert recipe.input.mean == pytest.approx(mean, abs=6e-5)
+    assert recipe.input.std == pytest.approx(std, abs=6e-5)
+
+
+def test_builtin_teacher_came_from_its_recipe_and_scores_what_the_card_says() -> None:
+    recipe, card = load_teacher_recipe("digits-convnet"), builtin_card("digits-convnet")
+    train, test = load_images("digits", "train"), load_images("digits", "test")
+    assert card.recipe_sha256 == recipe.sha256()
+    assert (card.train_fingerprint, card.test_fingerprint) == (train.fingerprint, test.fingerprint)
+    spec = card.input.spec()
+    data = to_inputs(test.images, spec), torch.from_numpy(test.labels)
+    scores = Classification(spec, 10).evaluate(load_teacher("builtin:digits-convnet"), data)
+    # Rounding may differ between machines; one of 500 images may sit on the edge.
+    assert scores["accuracy"] == pytest.approx(card.accuracy, abs=0.0021)
+    assert card.accuracy >= 0.985
+
+
+def test_training_twice_writes_the_same_bytes(quick: Path, tmp_path: Path) -> None:
+    recipe = load_teacher_recipe(quick)
+    threads = torch.get_num_threads()
+    for number, name in enumerate(("one", "two")):
+        torch.manual_seed(number)  # what ran before must not matter
+        torch.set_num_threads(number + 1)
+        module, card = train_teacher(recipe, tmp_path / name)
+        assert torch.get_num_threads() == number + 1
+    torch.set_num_threads(threads)
+    for file in ("quick.safetensors", "quick.json"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [
+        "quick.json",
+        "quick.safetensors",
+    ]
+    assert read_card(tmp_path / "one" / "quick.json") == card
+    assert card.weights_fingerprint == fingerprint(module)
+    loaded = load_teacher(
+        {
+            "model": card.model,
+            "args": card.args,
+            "weights": tmp_path / "one" / "quick.safetensors",
+        },
+        input_spec=card.input.spec(),
+        num_classes=card.num_classes,
+    )
+    assert fingerprint(loaded) == card.weights_fingerprint
+
+
+@pytest.mark.slow
+def test_builtin_teacher_can_be_made_again(tmp_path: Path) -> None:
+    module, card = train_teacher(load_teacher_recipe("digits-convnet"), tmp_path)
+    shipped = builtin_card("digits-convnet")
+    if card.torch != shipped.torch or card.weights_fingerprint != shipped.weights_fingerprint:
+        # Other processors and versions round differently; the result must be as good.
+        assert card.accuracy == pytest.approx(shipped.accuracy, abs=0.01)
+    again, _ = train_teacher(load_teacher_recipe("digits-convnet"), None)
+    assert fingerprint(again) == fingerprint(module)
+
+
+@pytest.mark.slow
+def test_mnist_teacher_reaches_its_figure() -> None:
+    try:
+        _, card = train_teacher(load_teacher_recipe("mnist-convnet"), None)
+    except DataError as error:
+        pytest.skip(str(error))
+    assert card.accuracy >= 0.985
+
+
+def test_a_teacher_is_trained_once_and_then_cached(
+    quick: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "vestige")
+    module, card = teacher_from_recipe(quick)
+    assert "training teacher 'quick'" in caplog.text
+    digest = load_teacher_recipe(quick).sha256()
+    weights = cache / f"quick-{digest[:12]}.safetensors"
+    assert weights.is_file() and json.loads(weights.with_suffix(".json").read_text())
+    caplog.clear()
+    again, card_again = teacher_from_recipe(quick)
+    assert caplog.text == ""
+    assert fingerprint(again) == fingerprint(module) and card_again == card
+
+    weights.write_bytes(weights.read_bytes()[:-8])  # damaged: said, and mended
+    mended, _ = teacher_from_recipe(quick)
+    assert "is trained again" in caplog.text and fingerprint(mended) == fingerprint(module)
+
+
+def test_another_recipe_of_the_same_name_is_another_teacher(quick: Path, cache: Path) -> None:
+    teacher_from_recipe(quick)
+    quick.write_text(quick.read_text() + "# a comment changes nothing\n")
+    teacher_from_recipe(quick)
+    assert len(list(cache.glob("*.safetensors"))) == 1
+    quick.write_text(quick.read_text().replace("seed: 0", "seed: 1"))
+    teacher_from_recipe(quick)
+    assert len(list(cache.glob("*.safetensors"))) == 2
+
+
+def test_the_shipped_teacher_is_not_trained(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_module, "train_teacher", lambda *_: pytest.fail("it was trained"))
+    module, card = teacher_from_recipe("digits-convnet")
+    assert fingerprint(module) == card.weights_fingerprint and not cache.exists()
+
+
+def test_all_mistakes_are_listed_with_the_nearest_key(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "bad.yaml",
+        sead=3,
+        num_classes=1,
+        training={"epochs": 0, "batchsize": 3},
+        input={"channels": 1, "height": 16},
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_teacher_recipe(path)
+    message = str(caught.value)
+    for line in (
+        "got 5 mistakes",
+        "sead: unknown key; did you mean 'seed'?",
+        "num_classes: got 1",
+        "training.epochs: got 0",
+        "training.batchsize: unknown key; did you mean 'batch_size'?",
+        "input.width",
+    ):
+        assert line in message
+
+
+def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"'digit-convnet'.*did you mean 'digits-convnet'"):
+        load_teacher_recipe("digit-convnet")
+    with pytest.raises(RecipeError, match="expected one of"):
+        load_teacher_recipe(tmp_path / "missing.yaml")
+    for content, expected in (("a: [", "expected YAML"), ("", "without keys"), ("- 1", "keys")):
+        (tmp_path / "bad.yaml").write_text(content)
+        with pytest.raises(RecipeError, match=expected):
+            load_teacher_recipe(tmp_path / "bad.yaml")
+
+
+def test_classes_must_be_those_of_the_data(tmp_path: Path) -> None:
+    recipe: TeacherRecipe = load_teacher_recipe(write(tmp_path / "seven.yaml", num_classes=7))
+    with pytest.raises(RecipeError, match=r"num_classes=7 .* expected 10"):
+        train_teacher(recipe, None)

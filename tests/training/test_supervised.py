@@ -1,0 +1,118 @@
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vestige.core.types import InputSpec
+from vestige.errors import DataError, NonFiniteLossError, ShapeError
+from vestige.tasks.classification import Classification
+from vestige.training.supervised import random_shift, train_classifier
+
+SPEC = InputSpec.image(1, 8, 8)
+
+
+def bars(count: int) -> tuple[Tensor, Tensor]:
+    """Three kinds of noisy images: a bright row, a bright column, neither."""
+    labels = torch.arange(count) % 3
+    inputs = 0.3 * torch.randn(count, 1, 8, 8)
+    inputs[labels == 0, :, 3] += 1
+    inputs[labels == 1, :, :, 3] += 1
+    return inputs, labels
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout(0.1),
+        nn.Flatten(),
+        nn.Linear(72, 3),
+    )
+
+
+def test_it_learns() -> None:
+    module, task = network(), Classification(SPEC, 3)
+    train, test = bars(300), bars(99)
+    losses: list[tuple[int, float]] = []
+    train_classifier(
+        module, *train, epochs=6, batch_size=32, on_epoch=lambda *loss: losses.append(loss)
+    )
+    assert task.evaluate(module, test)["accuracy"] > 0.95  # a third by chance
+    assert [epoch for epoch, _ in losses] == [1, 2, 3, 4, 5, 6]
+    assert losses[-1][1] < 0.5 * losses[0][1]
+    assert not any(layer.training for layer in module.modules())
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_the_seed_decides_everything_random(shift: int) -> None:
+    def trained(seed: int, state: int) -> Tensor:
+        module = network()
+        torch.manual_seed(state)  # dropout must not depend on what ran before
+        train_classifier(module, *data, epochs=2, batch_size=16, shift=shift, seed=seed)
+        return nn.utils.parameters_to_vector(module.parameters())
+
+    data = bars(64)
+    first = trained(seed=5, state=1)
+    assert torch.equal(first, trained(seed=5, state=2))
+    assert not torch.equal(first, trained(seed=6, state=1))
+
+
+def test_global_generators_are_left_alone() -> None:
+    module, data = network(), bars(32)
+    state = torch.get_rng_state()
+    train_classifier(module, *data, epochs=1, batch_size=16)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_frozen_batchnorm_stays_frozen() -> None:
+    module = network()
+    module[1].eval().requires_grad_(False)
+    before = module[1].running_mean.clone()
+    train_classifier(module, *bars(32), epochs=1, batch_size=16)
+    assert torch.equal(module[1].running_mean, before)
+
+
+def test_each_image_moves_on_its_own_by_all_shifts() -> None:
+    images = torch.arange(36.0).view(1, 1, 6, 6).expand(600, 2, 6, 6)
+    moved = random_shift(images, 1, torch.Generator().manual_seed(0))
+    padded = functional.pad(images[:1], (1, 1, 1, 1), mode="replicate")
+    crops = [padded[0, :, y : y + 6, x : x + 6] for y in range(3) for x in range(3)]
+    matches = torch.stack([(moved == crop).flatten(1).all(1) for crop in crops])
+    assert torch.equal(matches.sum(0), torch.ones(600, dtype=torch.int64))
+    # Nine shifts, 67 expected each with deviation 7.7: five deviations.
+    assert ((matches.sum(1) - 600 / 9).abs() < 39).all()
+
+
+def test_the_last_batch_is_full() -> None:
+    sizes: list[int] = []
+
+    class Watched(nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            sizes.append(len(inputs))
+            return super().forward(inputs)
+
+    train_classifier(
+        Watched(4, 3), torch.randn(70, 4), torch.randint(3, (70,)), epochs=2, batch_size=32
+    )
+    assert sizes == [32] * 4
+    sizes.clear()
+    train_classifier(
+        Watched(4, 3), torch.randn(5, 4), torch.randint(3, (5,)), epochs=1, batch_size=32
+    )
+    assert sizes == [5]
+
+
+def test_mistakes_are_refused() -> None:
+    inputs, labels = torch.randn(6, 4), torch.randint(3, (6,))
+    with pytest.raises(DataError, match="no inputs"):
+        train_classifier(nn.Linear(4, 3), inputs[:0], labels[:0], epochs=1)
+    with pytest.raises(ShapeError, match=r"labels of shape \(5,\), expected \(6,\)"):
+        train_classifier(nn.Linear(4, 3), inputs, labels[:5], epochs=1)
+    with pytest.raises(ShapeError, match="set shift=0"):
+        train_classifier(nn.Linear(4, 3), inputs, labels, epochs=1, shift=1)
+    with pytest.raises(DataError, match="epochs=0"):
+        train_classifier(nn.Linear(4, 3), inputs, labels, epochs=0)
+    with pytest.raises(NonFiniteLossError, match="epoch 1"):
+        train_classifier(nn.Linear(4, 3), inputs * float("inf"), labels, epochs=1)
