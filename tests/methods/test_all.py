@@ -554,7 +554,5 @@ def test_a_plug_in_for_sources_works_or_is_refused(name, tiny_teacher, tiny_stud
     for loss in extended:
         assert loss is not None
         assert float(loss.terms["extra"]) > 0
-    assert trainer(
-        assemble(name, {}, tiny_teacher, tiny_student), plugins={"extra": Extra()}
-    ).run()
+    assert trainer(assemble(name, {}, tiny_teacher, tiny_student), plugins={"extra": Extra()}).run()
     assert all("extra" not in step.loss.terms for step in steps if step.role == "student")

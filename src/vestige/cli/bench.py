@@ -35,3 +35,14 @@ def claims(
         echo=typer.echo,
     )
     typer.echo(path)
+
+
+@app.command(epilog="Example: `vestige bench tables`")
+def tables(
+    root: Annotated[Path, typer.Option(help="Checkout of the project.")] = Path(),
+) -> None:
+    """Write the generated tables of README.md and benchmarks/CLAIMS.md."""
+    from vestige.bench.tables import write_tables
+
+    for path in write_tables(root):
+        typer.echo(path)

@@ -86,6 +86,10 @@ class RunProgress:
             elif event.kind == "evaluation":
                 score = next(iter(data["scores"].values()))
                 self._progress.update(task, note=f"test {score:.1%}")
+            elif event.kind == "warning":
+                self._progress.console.print(
+                    f"{arm}: {data['message']}", style="yellow", markup=False, highlight=False
+                )
             elif event.kind == "end":
                 show(1.0)
 

@@ -162,7 +162,7 @@ def _gather(recipe: Recipe, out: Path, summaries: dict[str, dict[str, Any]]) -> 
         "headline": recipe.headline,
         "seconds": round(sum(row["seconds"] for row in rows), 2),
     }
-    for file in ("student.safetensors", "student.json", "samples.png"):
+    for file in ("student.safetensors", "student.json", "samples.png", "metrics.jsonl"):
         if (chosen / file).is_file():
             shutil.copyfile(chosen / file, out / file)
     record = json.loads((chosen / "run.json").read_text(encoding="utf8"))

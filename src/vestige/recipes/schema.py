@@ -2,6 +2,8 @@
 
 import difflib
 import json
+import os
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -11,11 +13,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vestige.errors import RecipeError
+from vestige.models.factory import list_generators, model_arguments
 from vestige.recipes.catalog import METHODS, PLUGINS, shipped
-from vestige.teachers.loading import ImageInput
+from vestige.recipes.teacher import load_teacher_recipe
+from vestige.teachers.loading import KEYS as TEACHER_KEYS
+from vestige.teachers.loading import ImageInput, builtin_teachers
 from vestige.training.trainer import TrainerConfig
 
-_LARGEST = 1_000_000
+_LARGEST, _DEEPEST = 1_000_000, 20
+# PyYAML lets the ValueError of an impossible date or an empty number through.
+_NOT_YAML = (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError)
 
 
 class _Strict(BaseModel):
@@ -176,16 +183,24 @@ def load_recipe(
         raise RecipeError(f"got presets of type {type(presets).__name__}, expected a mapping")
     if preset is not None and preset not in presets:
         raise RecipeError(
-            f"got preset {preset!r}, expected one of {', '.join(presets) or 'none'}"
-            f"{_near(preset, list(presets))}"
+            f"got preset {preset!r}, expected one of {', '.join(map(str, presets)) or 'none'}"
+            f"{_near(preset, [*map(str, presets)])}"
         )
     chosen = preset or ("cpu" if "cpu" in presets else None)
     if chosen is not None:
-        raw = merge(raw, presets[chosen] or {})
+        over = presets[chosen] or {}
+        if not isinstance(over, Mapping):
+            raise RecipeError(
+                f"got a preset {chosen!r} of type {type(over).__name__}, expected a mapping"
+            )
+        raw = merge(raw, over)
     for override in overrides:
         raw = merge(raw, parse_override(override))
     if plugins:
-        raw["plugins"] = [*(raw.get("plugins") or []), *({"name": name} for name in plugins)]
+        own = raw.get("plugins") or []
+        # What is no list is left as it is, for `validate` to name.
+        if isinstance(own, Sequence) and not isinstance(own, str):
+            raw["plugins"] = [*own, *({"name": name} for name in plugins)]
     if seed is not None:
         raw["seed"] = seed
     return validate(raw)
@@ -195,9 +210,10 @@ def read_yaml(name_or_path: str | Path) -> dict[str, Any]:
     """The mapping in a shipped recipe or a file."""
     known = shipped()
     path = known.get(str(name_or_path), Path(name_or_path))
-    if not path.is_file():
+    # Not Path.is_file, which raises for a name that is too long for the file system.
+    if not os.path.isfile(path):
         raise RecipeError(
-            f"got recipe {str(name_or_path)!r}, expected a file or one of {', '.join(known)}"
+            f"got recipe {_short(str(name_or_path))}, expected a file or one of {', '.join(known)}"
             f"{_near(str(name_or_path), list(known))}"
         )
     if path.stat().st_size > _LARGEST:
@@ -206,7 +222,7 @@ def read_yaml(name_or_path: str | Path) -> dict[str, Any]:
         )
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf8"))
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except _NOT_YAML as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{path} holds {type(raw).__name__}, expected a mapping with 'method' …")
@@ -235,9 +251,13 @@ def parse_override(text: str) -> dict[str, Any]:
     names = key.strip().split(".")
     if not sign or not all(names):
         raise RecipeError(f"got --set {text!r}, expected key=value, for example config.rounds=10")
+    if len(names) > _DEEPEST:
+        raise RecipeError(
+            f"got --set with a key of {len(names)} parts, expected at most {_DEEPEST}"
+        )
     try:
         parsed = yaml.safe_load(value)
-    except (yaml.YAMLError, RecursionError) as error:
+    except _NOT_YAML as error:
         raise RecipeError(f"got --set {text!r}; its value is not YAML: {error}") from error
     if isinstance(parsed, str) and _is_number(parsed):
         # YAML 1.1 reads 1e-3 as text; nobody means that.
@@ -254,69 +274,141 @@ def validate(raw: Mapping[str, Any]) -> Recipe:
         RecipeError: all mistakes, of the recipe and of every method's and plug-in's settings.
     """
     problems: list[str] = []
+    recipe = None
     try:
-        recipe = Recipe(**raw)
+        recipe = Recipe.model_validate(dict(raw))
     except ValidationError as error:
         problems.extend(explain(error, Recipe, ""))
-        problems.extend(_config_problems(raw))
-        raise RecipeError(_listed(problems)) from None
     problems.extend(_config_problems(raw))
-    problems.extend(_requirement_problems(recipe))
+    problems.extend(_network_problems(raw))
+    if recipe is not None:
+        problems.extend(_requirement_problems(recipe))
     if problems:
         raise RecipeError(_listed(problems))
+    assert recipe is not None
     return recipe
 
 
 def explain(error: ValidationError, model: type[BaseModel], where: str) -> Iterator[str]:
     """One line per mistake that pydantic found, with the nearest valid key."""
     for problem in error.errors():
-        path = ".".join([*([where] if where else []), *map(str, problem["loc"])])
-        if problem["type"] == "extra_forbidden":
-            owner = _model_at(model, problem["loc"][:-1])
-            valid = list(owner.model_fields) if owner else []
-            yield f"{path}: no such key{_near(str(problem['loc'][-1]), valid)}"
-        elif problem["type"] == "missing":
-            yield f"{path}: is missing"
-        else:
-            yield f"{path}: got {_short(problem['input'])}; {problem['msg']}"
+        yield _line(problem, model, where)
+
+
+def _line(problem: Any, model: type[BaseModel], where: str) -> str:
+    path = ".".join([*([where] if where else []), *map(str, problem["loc"])])
+    if problem["type"] == "extra_forbidden":
+        owner = _model_at(model, problem["loc"][:-1])
+        valid = list(owner.model_fields) if owner else []
+        return f"{path}: no such key{_near(str(problem['loc'][-1]), valid)}"
+    if problem["type"] == "missing":
+        return f"{path}: is missing"
+    return f"{path}: got {_short(problem['input'])}; {problem['msg']}"
 
 
 def _config_problems(raw: Mapping[str, Any]) -> Iterator[str]:
-    """Mistakes in settings that belong to methods and plug-ins, as far as they can be found."""
-    shared = raw.get("shared") or {}
-    runs = [("config", raw.get("method"), raw.get("config") or {})]
-    arms = raw.get("arms") or {}
-    for name, arm in arms.items() if isinstance(arms, Mapping) else ():
-        if isinstance(arm, Mapping):
-            method = arm.get("method") or raw.get("method")
-            same = method == raw.get("method")
-            config = arm.get("config") or {}
-            if same and isinstance(config, Mapping) and isinstance(raw.get("config"), Mapping):
-                config = {**raw["config"], **config}
-            runs.append((f"arms.{name}.config", method, config))
+    """Mistakes in settings that belong to methods and plug-ins, as far as they can be found.
+
+    Each is told once and where it was made: in `shared`, in `config`, or in an arm's own config.
+    """
+    shared, config = _mapping(raw.get("shared")), _mapping(raw.get("config"))
+    runs: list[tuple[str, Any, list[tuple[str, Mapping[str, Any]]]]] = [
+        ("", raw.get("method"), [("shared", shared), ("config", config)])
+    ]
+    plugins = [("plugins", raw.get("plugins"))]
+    for name, arm in _mapping(raw.get("arms")).items():
+        where, arm = f"arms.{name}", _mapping(arm)
+        method = arm.get("method") or raw.get("method")
+        same = method == raw.get("method")
+        own = [(f"{where}.config", _mapping(arm.get("config")))]
+        inherited = [("shared", shared), *([("config", config)] if same else [])]
+        runs.append((f"{where}.", method, inherited + own))
+        plugins.append((f"{where}.plugins", arm.get("plugins")))
     seen = set()
-    for where, method, config in runs:
-        if not isinstance(method, str) or not isinstance(config, Mapping):
+    for where, method, layers in runs:
+        if not isinstance(method, str):
             continue
         try:
             settings = METHODS.get(method).Config
         except RecipeError as error:
-            yield f"{where.removesuffix('config')}method: {error}"
-            continue
-        values = {**shared, **config} if isinstance(shared, Mapping) else config
-        for problem in _try(settings, values, where):
-            if problem not in seen:
-                seen.add(problem)
+            found = [f"{where}method: {error}"]
+        else:
+            found = _try(settings, layers)
+        for problem in found:
+            if problem.removeprefix(where) not in seen:
+                seen.update((problem, problem.removeprefix(where)))
                 yield problem
-    for index, plugin in enumerate(raw.get("plugins") or []):
-        if not isinstance(plugin, Mapping) or not isinstance(plugin.get("name"), str):
+    for where, listed in plugins:
+        yield from _plugin_problems(where, listed)
+
+
+def _plugin_problems(where: str, listed: Any) -> Iterator[str]:
+    names = []
+    for index, plugin in enumerate(listed if isinstance(listed, list | tuple) else ()):
+        name = _mapping(plugin).get("name")
+        if not isinstance(name, str):
             continue
+        if name in names:
+            yield f"{where}.{index}.name: {name!r} is named twice; name it once"
+        names.append(name)
         try:
-            settings = PLUGINS.get(plugin["name"]).Config
+            settings = PLUGINS.get(name).Config
         except RecipeError as error:
-            yield f"plugins.{index}.name: {error}"
+            yield f"{where}.{index}.name: {error}"
             continue
-        yield from _try(settings, plugin.get("config") or {}, f"plugins.{index}.config")
+        yield from _try(settings, [(f"{where}.{index}.config", _mapping(plugin.get("config")))])
+
+
+def _network_problems(raw: Mapping[str, Any]) -> Iterator[str]:
+    """Networks, generators and teachers that do not exist, and arguments that they do not take."""
+    student, teacher = _mapping(raw.get("student")), raw.get("teacher")
+    yield from _model_problems("student", "name", student)
+    if isinstance(teacher, Mapping):
+        for key in teacher:
+            if key not in TEACHER_KEYS:
+                yield f"teacher.{key}: no such key{_near(str(key), TEACHER_KEYS)}"
+        if ("factory" in teacher) == ("model" in teacher):
+            yield "teacher: give exactly one of 'model' and 'factory'"
+        yield from _model_problems("teacher", "model", teacher)
+    elif isinstance(teacher, str):
+        scheme, _, name = teacher.partition(":")
+        if scheme == "recipe":
+            try:
+                load_teacher_recipe(name)
+            except RecipeError as error:
+                yield f"teacher: {error}"
+        elif scheme != "builtin" or name not in builtin_teachers():
+            known = [f"builtin:{known}" for known in builtin_teachers()]
+            yield (
+                f"teacher: got {_short(teacher)}, expected 'recipe:NAME', a mapping or one of "
+                f"{', '.join(known)}{_near(teacher, known, listed=False)}"
+            )
+    for where, sources in [
+        ("sources", raw.get("sources")),
+        *(
+            (f"arms.{name}.sources", _mapping(arm).get("sources"))
+            for name, arm in _mapping(raw.get("arms")).items()
+        ),
+    ]:
+        for name, source in _mapping(sources).items():
+            generator = _mapping(source).get("generator", "upsample")
+            valid = [known for known, _ in list_generators()]
+            if isinstance(generator, str) and generator not in valid:
+                yield f"{where}.{name}.generator: got {_short(generator)}{_near(generator, valid)}"
+
+
+def _model_problems(where: str, key: str, network: Mapping[str, Any]) -> Iterator[str]:
+    name = network.get(key)
+    if not isinstance(name, str):
+        return
+    try:
+        valid = model_arguments(name)
+    except RecipeError as error:
+        yield f"{where}.{key}: {error}"
+        return
+    for argument in _mapping(network.get("args")):
+        if argument not in valid:
+            yield f"{where}.args.{argument}: no such key{_near(str(argument), valid)}"
 
 
 def _requirement_problems(recipe: Recipe) -> Iterator[str]:
@@ -325,6 +417,8 @@ def _requirement_problems(recipe: Recipe) -> Iterator[str]:
         if arm is not None and arm not in recipe.arms:
             yield f"{key}: got {arm!r}, expected one of the arms {', '.join(recipe.arms) or 'none'}"
     for where, run in [("", recipe), *((f"arms.{n}.", recipe.arm(n)) for n in recipe.arms)]:
+        if run.method not in METHODS.names():
+            continue  # told by _config_problems
         requires = METHODS.get(run.method).requires
         allowed = {*requires.sources, *requires.optional_sources}
         for name in requires.sources:
@@ -348,14 +442,30 @@ def _requirement_problems(recipe: Recipe) -> Iterator[str]:
         yield "student: give exactly one of 'name' and 'factory'"
 
 
-def _try(settings: type[BaseModel], values: Mapping[str, Any], where: str) -> list[str]:
+def _try(settings: type[BaseModel], layers: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """Mistakes in the merged layers, each under the name of the layer that it came from."""
+    values = {key: value for _, layer in layers for key, value in layer.items()}
     try:
-        settings(**values)
+        settings.model_validate(values)
     except ValidationError as error:
-        return list(explain(error, settings, where))
-    except TypeError as error:
-        return [f"{where}: {error}"]
+        return [
+            _line(
+                problem,
+                settings,
+                next(
+                    (where for where, layer in reversed(layers) if problem["loc"][0] in layer),
+                    layers[-1][0],
+                )
+                if problem["loc"]
+                else layers[-1][0],
+            )
+            for problem in error.errors()
+        ]
     return []
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _model_at(model: type[BaseModel], path: Sequence[Any]) -> type[BaseModel] | None:
@@ -378,15 +488,16 @@ def _first_model(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _near(name: str, valid: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, valid, 1)
+def _near(name: str, valid: Sequence[str], *, listed: bool = True) -> str:
+    close = difflib.get_close_matches(name[:100], valid, 1)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; expected one of {', '.join(valid)}" if valid else ""
+    return f"; expected one of {', '.join(valid)}" if valid and listed else ""
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    # Bounded in depth and breadth: a small file can stand for a value of any size.
+    text = reprlib.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

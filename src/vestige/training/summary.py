@@ -15,7 +15,7 @@ from vestige.training.files import tensors_to_bytes, write_bytes, write_json, wr
 from vestige.training.pictures import contact_sheet, save_png
 from vestige.training.trainer import Outcome
 
-_SHEET_ROWS = 10
+_SHEET_COLUMNS, _SHEET_CLASSES = 10, 20
 
 
 @dataclass(frozen=True)
@@ -130,17 +130,24 @@ def write_student(out: Path, student: nn.Module, card: Mapping[str, Any]) -> Non
 
 
 def write_samples(out: Path, outcome: Outcome, task: Task, classes: Sequence[str]) -> bool:
-    """samples.png: synthesised images in rows by the teacher's class; False if there are none."""
+    """samples.png: the latest inputs, one row per class that the teacher saw in them.
+
+    At most 10 images of each of the 20 classes with the most images.
+
+    Returns:
+        False if there is nothing to show.
+    """
     if outcome.samples is None or task.spec.kind != "image":
         return False
     inputs, answers = outcome.samples
-    images = task.spec.denormalize(inputs.float().cpu())
-    order = torch.argsort(answers.cpu(), stable=True)
-    names = [classes[int(answers[i])] if classes else str(int(answers[i])) for i in order]
-    sheet = contact_sheet(images[order], columns=_SHEET_ROWS, scale=_scale(images), labels=names)
+    answers = answers.cpu()
+    counts = torch.bincount(answers, minlength=task.num_classes)
+    shown = counts.argsort(descending=True, stable=True)[:_SHEET_CLASSES].sort().values
+    index = torch.cat([(answers == label).nonzero()[:, 0][:_SHEET_COLUMNS] for label in shown])
+    images = task.spec.denormalize(inputs[index.to(inputs.device)].float().cpu())
+    labels = [int(label) for label in answers[index]]
+    names = [classes[label] if classes else str(label) for label in labels]
+    scale = max(1, 64 // images.shape[-1])
+    sheet = contact_sheet(images, columns=_SHEET_COLUMNS, scale=scale, labels=names)
     save_png(sheet, out / "samples.png")
     return True
-
-
-def _scale(images: torch.Tensor) -> int:
-    return max(1, 64 // images.shape[-1])

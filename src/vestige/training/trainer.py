@@ -28,7 +28,7 @@ from vestige.training.tracking import Callback, Event, MetricsFile
 logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
-_SAMPLES = 100
+_SAMPLE_BATCHES, _SAMPLE_ROWS, _SAMPLE_BYTES = 8, 64, 16 * 2**20
 
 
 class TrainerConfig(BaseModel):
@@ -64,7 +64,7 @@ class Outcome:
         steps: optimizer steps, earlier parts of a resumed run included.
         seconds: time spent, earlier parts included.
         teacher_queries: rows that the teachers were asked.
-        samples: (inputs, the teacher's classes) of the last student batch, at most 100, or None.
+        samples: (inputs, the teacher's classes) of the latest student batches, or None.
         complete: False if a budget stopped the run.
     """
 
@@ -130,7 +130,7 @@ class Trainer:
         self._store = None if out is None else CheckpointStore(out / "checkpoints")
         self._metrics = MetricsFile(None if out is None else out / "metrics.jsonl")
         self._saved: dict[str, Any] | None = None
-        self._samples: tuple[Tensor, Tensor] | None = None
+        self._samples: list[tuple[Tensor, Tensor]] = []
         self._pending: dict[str, Step] = {}
         self._bad_step: Tensor | None = None
         self._checkpoint_step = 0
@@ -216,11 +216,16 @@ class Trainer:
         if student is not None and student.loss is not None and student.loss.inputs is not None:
             teacher = student.loss.teacher
             if teacher is not None and teacher.logits.dim() == 2:
-                self._samples = (
-                    student.loss.inputs[:_SAMPLES],
-                    teacher.logits[:_SAMPLES].argmax(1),
-                )
+                self._keep_samples(student.loss.inputs, teacher.logits)
         self._pending.clear()
+
+    def _keep_samples(self, inputs: Tensor, logits: Tensor) -> None:
+        """Remember some of the latest inputs for the contact sheet, at a bounded size."""
+        row = inputs[0].numel() * inputs.element_size()
+        rows = max(1, min(_SAMPLE_ROWS, _SAMPLE_BYTES // (_SAMPLE_BATCHES * row)))
+        # Copies: a slice would keep the whole batch alive.
+        self._samples.append((inputs[:rows].clone(), logits[:rows].argmax(1)))
+        del self._samples[:-_SAMPLE_BATCHES]
 
     def _check_finite(self) -> None:
         if self._bad_step is None or int(self._bad_step) < 0:
@@ -346,7 +351,8 @@ class Trainer:
         self._metrics.flush()
         if self.student is not None:
             self.student.eval()
-        findings = self.diagnosis.findings()
+        settings = getattr(self.method, "Config", None)
+        findings = self.diagnosis.findings(getattr(settings, "model_fields", None))
         for finding in findings:
             self._warn(f"{finding.message}: {finding.knob}")
         self._tell("end", step=self.ctx.progress.steps, seconds=self._seconds())
@@ -357,9 +363,15 @@ class Trainer:
             self.ctx.progress.steps,
             self._seconds(),
             self._queries(),
-            self._samples,
+            self._latest_samples(),
             complete=not self.ctx.stopping,
         )
+
+    def _latest_samples(self) -> tuple[Tensor, Tensor] | None:
+        if not self._samples:
+            return None
+        inputs, classes = zip(*self._samples, strict=True)
+        return torch.cat(inputs), torch.cat(classes)
 
     # State
 
@@ -463,7 +475,8 @@ class Trainer:
         return sum(int(getattr(teacher, "queries", 0)) for teacher in self.teachers)
 
     def _warn(self, message: str) -> None:
-        logger.warning(message)
+        if not self.callbacks:
+            logger.warning(message)
         self._tell("warning", message=message)
 
     def _tell(self, kind: str, **data: Any) -> None:
