@@ -1,11 +1,10 @@
 """The Python entry points: distill, load a teacher, list what there is."""
 
 import datetime
-import inspect
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import ValidationError
@@ -15,8 +14,8 @@ from vestige.core.protocols import Source
 from vestige.core.types import InputSpec, Requires, count_parameters
 from vestige.errors import RecipeError, ShapeError, TeacherError
 from vestige.recipes.build import build_method, build_plugins
-from vestige.recipes.catalog import METHODS
-from vestige.recipes.run import check_folder
+from vestige.recipes.catalog import METHODS, describe_methods
+from vestige.recipes.run import check_folder, record_start
 from vestige.recipes.schema import explain
 from vestige.sources.images import TensorSource
 from vestige.tasks.classification import Classification
@@ -30,7 +29,6 @@ from vestige.training.summary import (
     RunFacts,
     summarize,
     write_samples,
-    write_start,
     write_student,
 )
 from vestige.training.tracking import Callback
@@ -120,7 +118,10 @@ def distill(
     task.check(student)
     given = {name: _source(name, source, where) for name, source in (sources or {}).items()}
     _check_sources(method, chosen.requires, given)
-    named = dict(item if isinstance(item, tuple) else (item, {}) for item in plugins)
+    listed = [item if isinstance(item, tuple) else (item, {}) for item in plugins]
+    named = dict(listed)
+    if len(named) < len(listed):
+        raise RecipeError(f"plugins: got {[name for name, _ in listed]}; name each one once")
     judge = _judge(task, evaluate)
     built = build_method(method, settings, task, [frozen], student, given, seed)
     weights = fingerprint(teacher)
@@ -161,7 +162,7 @@ def distill(
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     if folder is not None:
-        write_start(folder, facts)
+        record_start(trainer, folder, facts)
     outcome = trainer.run(resume=resume)
     summary = summarize(facts, outcome, task, student, where)
     if folder is not None:
@@ -179,33 +180,13 @@ def distill(
 
 
 def list_methods() -> list[dict[str, Any]]:
-    """One mapping per method: name, paper, task kinds, access, needs and summary."""
-    return [describe_method(name) for name in METHODS.names()]
-
-
-def describe_method(name: str) -> dict[str, Any]:
-    """What `list_methods` says of one method, from its docstring and requirements."""
-    method = METHODS.get(name)
-    text = inspect.getdoc(inspect.getmodule(method)) or ""
-    paper = text.partition("Paper:")[2].partition("\n\n")[0]
-    requires: Requires = method.requires
-    needs = [f"source {source!r}" for source in requires.sources]
-    needs += ["BatchNorm statistics"] if requires.batchnorm else []
-    needs += [f"extra [{extra}]" for extra in requires.extras]
-    return {
-        "name": name,
-        "summary": (inspect.getdoc(method) or "").split("\n", 1)[0],
-        "paper": " ".join(paper.split()),
-        "tasks": list(requires.tasks),
-        "access": str(requires.access),
-        "batchnorm": requires.batchnorm,
-        "needs": needs,
-    }
+    """One mapping per method: name, summary, paper, task kinds, access, BatchNorm and needs."""
+    return describe_methods()
 
 
 def _settings(method: Any, config: Mapping[str, Any]) -> Any:
     try:
-        return method.Config(**config)
+        return method.Config.model_validate(dict(config))
     except ValidationError as error:
         problems = "\n".join(f"  - {line}" for line in explain(error, method.Config, "config"))
         raise RecipeError(f"the settings are not valid:\n{problems}") from None
@@ -219,7 +200,8 @@ def _trainer_config(budget: Mapping[str, float], device: str) -> TrainerConfig:
         return TrainerConfig(
             device=device,
             minutes=budget.get("minutes"),
-            max_steps=None if "steps" not in budget else int(budget["steps"]),
+            # Not rounded: half a step is a mistake that pydantic names.
+            max_steps=cast("int | None", budget.get("steps")),
         )
     except ValidationError as error:
         problems = "; ".join(explain(error, TrainerConfig, "budget"))

@@ -119,7 +119,12 @@ def run_claim(
     for case_name, case in definition.cases.items():
         recipe = load_recipe(case.recipe, overrides=case.overrides)
         recipes[case_name] = recipe
-        wanted = [arm for arm in case.arms or recipe.arms if arms is None or arm in arms]
+        known = case.arms or tuple(recipe.arms)
+        if strange := sorted({*known, *(arms or ())} - {*recipe.arms}):
+            raise RecipeError(
+                f"got the arms {strange}, case {case_name!r} has {', '.join(recipe.arms)}"
+            )
+        wanted = [arm for arm in known if arms is None or arm in arms]
         results[case_name] = {
             arm: [
                 _cell(recipe, arm, seed, cells / name / case_name / arm / f"seed{seed}", echo)
@@ -246,7 +251,8 @@ def _judge(
                 low = scores[str(recipe.baseline)][index]
                 closed = gap_closed(score, low, scores[str(recipe.reference)][index])
                 if closed is None or closed < statement.gap_closed:
-                    failures.append(f"{where}: gap closed {closed:.0%}" if closed else where)
+                    told = "no gap to close" if closed is None else f"gap closed {closed:.0%}"
+                    failures.append(f"{where}: {told}")
     return {
         "claim": statement.claim,
         "verdict": "does not hold" if failures else "holds",

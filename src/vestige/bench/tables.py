@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vestige.api import list_methods
+from vestige.recipes.catalog import describe_methods
 from vestige.training.files import write_text
 
 
@@ -21,7 +21,7 @@ def read_claims(folder: Path) -> dict[str, dict[str, Any]]:
 def method_table() -> str:
     """The registry as a Markdown table."""
     rows = ["| method | paper | access | needs |", "| --- | --- | --- | --- |"]
-    for method in list_methods():
+    for method in describe_methods():
         needs = ", ".join(method["needs"]) or "nothing but the teacher"
         rows.append(f"| `{method['name']}` | {method['paper']} | {method['access']} | {needs} |")
     return "\n".join(rows)
@@ -58,8 +58,8 @@ def claims_page(claims: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [
         "# Claims",
         "",
-        "Generated from `benchmarks/claims/*.json` by `vestige bench tables`. Scores are those of the "
-        "last step on the test split; a claim holds if it holds on every seed.",
+        "Generated from `benchmarks/claims/*.json` by `vestige bench tables`. Scores are those of "
+        "the last step on the test split; a claim holds if it holds on every seed.",
     ]
     for name, result in claims.items():
         lines += ["", f"## {name}", ""]
@@ -102,3 +102,7 @@ def write_tables(root: Path) -> list[Path]:
     write_text(readme, generated(readme.read_text(encoding="utf8"), claims))
     write_text(page, claims_page(claims))
     return [readme, page]
+
+
+def _percent(score: float | None) -> str:
+    return "" if score is None else f"{100 * score:.1f} %"

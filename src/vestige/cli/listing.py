@@ -54,14 +54,13 @@ def list_(
 
 
 def _methods() -> list[dict[str, Any]]:
-    from vestige.api import list_methods
-    from vestige.recipes.catalog import shipped
+    from vestige.recipes.catalog import describe_methods, shipped
     from vestige.recipes.schema import read_yaml
 
     recipes: dict[str, list[str]] = {}
     for name in shipped():
         recipes.setdefault(str(read_yaml(name)["method"]), []).append(name)
-    return [{**row, "recipes": recipes.get(row["name"], [])} for row in list_methods()]
+    return [{**row, "recipes": recipes.get(row["name"], [])} for row in describe_methods()]
 
 
 def _models() -> list[dict[str, Any]]:

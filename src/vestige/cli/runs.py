@@ -154,6 +154,7 @@ def _numbered(stem: str, number: int) -> Path:
 
 def _print_result(summary: dict[str, Any], folder: Path) -> None:
     from rich.console import Console
+    from rich.markup import escape
 
     from vestige.training.tables import arms_table, result_table
 
@@ -163,7 +164,8 @@ def _print_result(summary: dict[str, Any], folder: Path) -> None:
         console.print(arms_table(summary))
     for finding in summary["diagnosis"]:
         console.print(
-            f"[yellow]{finding['code']}[/]: {finding['message']}. Knob: {finding['knob']}"
+            f"[yellow]{finding['code']}[/]: {escape(finding['message'])}. "
+            f"Knob: {escape(finding['knob'])}"
         )
     pictures = "samples.png, " if (folder / "samples.png").is_file() else ""
-    console.print(f"{folder}: {pictures}report.html, summary.json, student.safetensors")
+    typer.echo(f"{folder}: {pictures}report.html, summary.json, student.safetensors")

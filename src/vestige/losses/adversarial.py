@@ -37,7 +37,7 @@ def disagreement_loss(
         return l1_logits(student, teacher)
     if kind == "kl":
         return kl_divergence(student, teacher)
-    raise RecipeError(f"got disagreement {kind!r}, expected 'l1' or 'kl'; DFAD uses 'l1'")
+    raise RecipeError(f"got disagreement {kind!r}, expected 'l1' or 'kl'; 'l1' is the usual one")
 
 
 def log_form(disagreement: Float[Tensor, ""]) -> Float[Tensor, ""]:

@@ -40,8 +40,8 @@ _MODELS = {
     "vgg11": _Entry(vgg11, "VGG-11 with BatchNorm, 16x16 or larger, 9.2M parameters", min_side=16),
 }
 _GENERATORS = {
-    "upsample": _Entry(UpsampleGenerator, "DFAD's generator A, sides divisible by 4"),
-    "dcgan": _Entry(DCGANGenerator, "DFAD's generator B, shorter side 16, 32, 64, 128, ..."),
+    "upsample": _Entry(UpsampleGenerator, "two upsamplings, sides divisible by 4"),
+    "dcgan": _Entry(DCGANGenerator, "transposed convolutions, shorter side 16, 32, 64, 128, ..."),
 }
 _FROM_SPEC = ("channels", "size", "num_classes", "latent_dim")
 

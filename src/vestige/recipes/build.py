@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from vestige.core import seeding
@@ -18,7 +19,7 @@ from vestige.errors import AccessError, NoBatchNormError, RecipeError, TeacherEr
 from vestige.models.factory import build_generator, build_model
 from vestige.models.probes import batchnorm_layers
 from vestige.recipes.catalog import METHODS, PLUGINS
-from vestige.recipes.schema import ModelConfig, Recipe, SourceConfig
+from vestige.recipes.schema import ModelConfig, Recipe, SourceConfig, explain
 from vestige.recipes.teacher import teacher_from_recipe
 from vestige.sources.generator import GeneratorSource
 from vestige.sources.images import TensorSource
@@ -239,7 +240,12 @@ def build_plugins(
     made = {}
     for name, config in chosen.items():
         plugin = PLUGINS.get(name)
-        made[name] = plugin(plugin.Config(**config))
+        try:
+            settings = plugin.Config.model_validate(dict(config))
+        except ValidationError as error:
+            problems = "; ".join(explain(error, plugin.Config, f"plugins.{name}"))
+            raise RecipeError(problems) from None
+        made[name] = plugin(settings)
     return made
 
 

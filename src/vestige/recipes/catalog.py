@@ -1,8 +1,11 @@
 """The registries of methods and plug-ins, and the recipes that are shipped."""
 
+import inspect
 from pathlib import Path
+from typing import Any
 
 from vestige.core.registry import Registry
+from vestige.core.types import Requires
 
 METHODS = Registry(
     "vestige.methods",
@@ -28,3 +31,27 @@ def about(path: Path) -> str:
     """First line of a recipe's header comment."""
     first = path.read_text(encoding="utf8").split("\n", 1)[0]
     return first.removeprefix("#").strip()
+
+
+def describe_methods() -> list[dict[str, Any]]:
+    """What is known of each method, from its docstring and its requirements."""
+    return [_describe(name) for name in METHODS.names()]
+
+
+def _describe(name: str) -> dict[str, Any]:
+    method = METHODS.get(name)
+    text = inspect.getdoc(inspect.getmodule(method)) or ""
+    paper = text.partition("Paper:")[2].partition("\n\n")[0]
+    requires: Requires = method.requires
+    needs = [f"source {source!r}" for source in requires.sources]
+    needs += ["BatchNorm statistics"] if requires.batchnorm else []
+    needs += [f"extra [{extra}]" for extra in requires.extras]
+    return {
+        "name": name,
+        "summary": (inspect.getdoc(method) or "").split("\n", 1)[0],
+        "paper": " ".join(paper.split()),
+        "tasks": list(requires.tasks),
+        "access": str(requires.access),
+        "batchnorm": requires.batchnorm,
+        "needs": needs,
+    }

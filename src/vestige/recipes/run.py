@@ -2,23 +2,24 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vestige.errors import RecipeError
 from vestige.recipes.build import Job, build
-from vestige.recipes.schema import Recipe
+from vestige.recipes.schema import Recipe, read_yaml
 from vestige.training.files import write_json, write_text
 from vestige.training.report import write_report
 from vestige.training.summary import (
+    RunFacts,
     summarize,
     write_samples,
     write_start,
     write_student,
 )
-from vestige.training.tracking import Callback
-from vestige.training.trainer import Outcome
+from vestige.training.tracking import Callback, Event
+from vestige.training.trainer import Outcome, Trainer
 
 CallbackFor = Callable[[str], Sequence[Callback]]
 
@@ -48,8 +49,9 @@ def run_recipe(
         The contents of summary.json.
     """
     check_folder(out, resume=resume)
+    check_same(recipe, out)
     job = build(recipe, out=out, callbacks=callbacks, command=command, arm=arm)
-    write_start(out, job.facts)
+    record_start(job.trainer, out, job.facts)
     outcome = job.trainer.run(resume=resume)
     summary = finish(job, outcome, out)
     if report:
@@ -82,6 +84,8 @@ def run_arms(
     if not recipe.arms or recipe.headline is None:
         raise RecipeError("the recipe has no arms or names no headline arm; run it without arms")
     check_folder(out, resume=resume)
+    for name in recipe.arms:
+        check_same(recipe.arm(name), out / "arms" / name)
     write_text(out / "recipe.yaml", recipe.to_yaml())
     summaries = {}
     for name in recipe.arms:
@@ -114,6 +118,40 @@ def check_folder(out: Path, *, resume: bool) -> None:
         raise RecipeError(
             f"--out: {out} is not empty; add --resume to go on with the run in it, or name another"
         )
+
+
+def check_same(recipe: Recipe, out: Path) -> None:
+    """Refuse to go on with the run of another recipe.
+
+    How a run is driven may change, for example to give it more time.
+
+    Raises:
+        RecipeError: `out` holds a recipe with other settings; they are named.
+    """
+    path = out / "recipe.yaml"
+    if not path.is_file():
+        return
+    now, then = _flat(recipe.model_dump(mode="json")), _flat(read_yaml(path))
+    changed = sorted(
+        key
+        for key in {*now, *then}
+        if now.get(key) != then.get(key) and key.partition(".")[0] != "trainer"
+    )
+    if changed:
+        raise RecipeError(
+            f"--resume: the run in {out} was started with other settings ({', '.join(changed)}); "
+            "resume it with the recipe that it was started with, or start in a new folder"
+        )
+
+
+def record_start(trainer: Trainer, out: Path, facts: RunFacts) -> None:
+    """Write recipe.yaml and run.json once the trainer has accepted what it is to resume."""
+
+    def write(event: Event) -> None:
+        if event.kind == "start":
+            write_start(out, facts)
+
+    trainer.callbacks.insert(0, write)
 
 
 def gap_closed(score: float, baseline: float, reference: float) -> float | None:
@@ -175,6 +213,15 @@ def _gather(recipe: Recipe, out: Path, summaries: dict[str, dict[str, Any]]) -> 
     write_json(out / "summary.json", summary)
     write_report([out], out / "report.html")
     return summary
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat = {}
+    for key, value in values.items():
+        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else None
+        flat.update(inner or {f"{prefix}{key}": value})
+    return flat
 
 
 def _images_made(job: Job, outcome: Outcome) -> int:

@@ -316,28 +316,26 @@ def _config_problems(raw: Mapping[str, Any]) -> Iterator[str]:
         ("", raw.get("method"), [("shared", shared), ("config", config)])
     ]
     plugins = [("plugins", raw.get("plugins"))]
-    for name, arm in _mapping(raw.get("arms")).items():
-        where, arm = f"arms.{name}", _mapping(arm)
+    for name, given in _mapping(raw.get("arms")).items():
+        where, arm = f"arms.{name}", _mapping(given)
         method = arm.get("method") or raw.get("method")
         same = method == raw.get("method")
         own = [(f"{where}.config", _mapping(arm.get("config")))]
         inherited = [("shared", shared), *([("config", config)] if same else [])]
         runs.append((f"{where}.", method, inherited + own))
         plugins.append((f"{where}.plugins", arm.get("plugins")))
-    seen = set()
+    seen: set[str] = set()
     for where, method, layers in runs:
         if not isinstance(method, str):
             continue
         try:
-            settings = METHODS.get(method).Config
+            found = _try(METHODS.get(method).Config, layers)
         except RecipeError as error:
-            found = [f"{where}method: {error}"]
-        else:
-            found = _try(settings, layers)
-        for problem in found:
-            if problem.removeprefix(where) not in seen:
-                seen.update((problem, problem.removeprefix(where)))
-                yield problem
+            inherited_method = where and method == raw.get("method")
+            found = [] if inherited_method else [f"{where}method: {error}"]
+        # Of the layers that arms inherit, the same mistake is found for every arm.
+        yield from (problem for problem in found if problem not in seen)
+        seen.update(found)
     for where, listed in plugins:
         yield from _plugin_problems(where, listed)
 
