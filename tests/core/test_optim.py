@@ -36,9 +36,9 @@ def test_sgd_is_the_textbooks(momentum, decay):
 def test_adam_is_the_textbooks_with_l2_in_the_gradient(betas, decay):
     weight, m, v, expected = 1.0, 0.0, 0.0, []
     for number, grad in enumerate((1.0, -0.5, 2.0), start=1):
-        grad = grad + decay * weight
-        m = betas[0] * m + (1 - betas[0]) * grad
-        v = betas[1] * v + (1 - betas[1]) * grad**2
+        penalised = grad + decay * weight
+        m = betas[0] * m + (1 - betas[0]) * penalised
+        v = betas[1] * v + (1 - betas[1]) * penalised**2
         scale = (v / (1 - betas[1] ** number)) ** 0.5 + 1e-8
         weight -= LR * m / (1 - betas[0] ** number) / scale
         expected.append(weight)

@@ -132,7 +132,7 @@ class CountingContext(RunContext):
 def drive(
     job: Job, *, plugins: Mapping[str, Any] | None = None, counts: Counter[str] | None = None
 ) -> list[Step]:
-    """Run the method without the trainer, whose diagnosis and evaluation make passes of their own."""
+    """Run the method without the trainer, whose diagnosis makes passes of its own."""
     ctx = CountingContext(
         job.nets,
         Counter() if counts is None else counts,
@@ -240,7 +240,7 @@ class Restless(Plain):
         grads = [p.grad for p in update.params.values() if p.grad is not None]
         self.norm = 0.9 * self.norm + 0.1 * torch.stack([g.norm() for g in grads]).norm()
         for grad in grads:
-            grad /= self.norm
+            grad.div_(self.norm)
         return loss
 
 

@@ -135,11 +135,11 @@ def test_a_constant_offset_has_the_losses_of_the_paper(tiny_teacher, shift):
     latent = Batch(latent=noise().latent.double())
     generated = plain.generation(plain.generator, latent)
     # With c = 2: -2 and -log 3. Rounding of float64 is the only error.
-    assert float(generated.total) == pytest.approx(-abs(shift), abs=1e-12)
+    assert generated.total.item() == pytest.approx(-abs(shift), abs=1e-12)
     form = logged.generation(logged.generator, latent)
-    assert float(form.total) == pytest.approx(-math.log(abs(shift) + 1), abs=1e-12)
+    assert form.total.item() == pytest.approx(-math.log(abs(shift) + 1), abs=1e-12)
     imitated = plain.imitation(student, Batch(inputs=generated.inputs.detach()))
-    assert float(imitated.total) == pytest.approx(abs(shift), abs=1e-12)
+    assert imitated.total.item() == pytest.approx(abs(shift), abs=1e-12)
 
 
 def test_the_log_form_divides_the_generators_gradient_by_d_plus_1(tiny_teacher, tiny_student):
@@ -148,7 +148,7 @@ def test_the_log_form_divides_the_generators_gradient_by_d_plus_1(tiny_teacher, 
     latent = Batch(latent=noise().latent.double())
     first = plain.generation(plain.generator, latent)
     second = logged.generation(logged.generator, latent)
-    divisor = 1 - float(first.total)
+    divisor = 1 - first.total.item()
     assert divisor > 1.05
     pairs = zip(
         gradients(first.total, plain.generator),
@@ -170,7 +170,7 @@ def test_the_discrepancy_is_the_mean_over_batch_and_classes(tiny_teacher, tiny_s
             s = tiny_student(inputs)[row, label].item()
             total += abs(s - tiny_teacher(inputs)[row, label].item())
     # 24 float32 terms of size 1: an error of 1e-6 is rounding.
-    assert float(loss.total) == pytest.approx(total / 24, abs=1e-6)
+    assert loss.total.item() == pytest.approx(total / 24, abs=1e-6)
 
 
 def test_each_step_changes_its_own_network_alone(tiny_teacher, tiny_student):
@@ -334,7 +334,7 @@ def test_dense_prediction_runs_and_learns_in_one_file(tiny_student):
     torch.manual_seed(3)
     teacher, student = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(1, 3, 3, padding=1)
     method = make(teacher, student, Dense(), iterations=20, student_lr=0.05)
-    losses = [float(step.loss.total) for step in run(method) if step.role == "student"]
+    losses = [step.loss.total.item() for step in run(method) if step.role == "student"]
     # The student has the teacher's form, so it can agree; a tenth is far from chance.
     assert np.mean(losses[-10:]) < 0.1 * np.mean(losses[:3])
 
@@ -391,8 +391,8 @@ def test_bn_weight_adds_that_much_of_the_statistics_term(tiny_teacher, tiny_stud
     slow = math.sqrt(sum((m - float(r)) ** 2 for m, r in zip(mean, norm.running_mean, strict=True)))
     slow += math.sqrt(sum((v - float(r)) ** 2 for v, r in zip(var, norm.running_var, strict=True)))
     assert slow > 0.1
-    assert float(loss.terms["bn_statistics"]) == pytest.approx(slow, rel=1e-9)
-    assert float(loss.total) == pytest.approx(float(without.total) + weight * slow, rel=1e-9)
+    assert loss.terms["bn_statistics"].item() == pytest.approx(slow, rel=1e-9)
+    assert loss.total.item() == pytest.approx(without.total.item() + weight * slow, rel=1e-9)
     assert torch.equal(loss.terms["adversarial"], without.terms["adversarial"])
 
 
@@ -408,8 +408,8 @@ def test_balance_weight_adds_that_much_of_the_balance_term(tiny_teacher, tiny_st
     probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     slow = sum(p * math.log(p) for p in probs.mean(0))
     assert -math.log(3) <= slow < -1e-3
-    assert float(loss.terms["class_balance"]) == pytest.approx(slow, rel=1e-9)
-    assert float(loss.total) == pytest.approx(float(without.total) + weight * slow, rel=1e-9)
+    assert loss.terms["class_balance"].item() == pytest.approx(slow, rel=1e-9)
+    assert loss.total.item() == pytest.approx(without.total.item() + weight * slow, rel=1e-9)
 
 
 def test_options_leave_the_students_loss_alone(tiny_teacher, tiny_student):
@@ -430,7 +430,7 @@ def test_the_statistics_term_pulls_fakes_to_the_teachers_statistics(tiny_teacher
         measured.generator.load_state_dict(method.generator.state_dict())
         measured.generator.train()
         loss = measured.generation(measured.generator, noise(64)).detach()
-        return float(loss.terms["bn_statistics"])
+        return loss.terms["bn_statistics"].item()
 
     # Well apart: with the weight it is the main term, without it nothing holds the statistics.
     assert distance(10.0) < 0.8 * distance(0.0)
@@ -444,7 +444,7 @@ def test_bn_weight_needs_a_teacher_with_batchnorm_and_says_so_at_build():
         build_method("dfad", DFADConfig(**settings), task, [teacher], student, {}, 0)
     settings["bn_weight"] = 0.0
     method = build_method("dfad", DFADConfig(**settings), task, [teacher], student, {}, 0)
-    assert all(math.isfinite(float(step.loss.total)) for step in run(method))
+    assert all(math.isfinite(step.loss.total.item()) for step in run(method))
 
 
 @pytest.mark.parametrize("log_form", [False, True])

@@ -57,7 +57,7 @@ class Fixed(nn.Module):
 def loss_of(s: torch.Tensor, t: torch.Tensor, **settings: Any) -> float:
     method = make(WhiteBoxTeacher(Fixed(t)), Fixed(s), **settings)
     inputs = torch.zeros(len(s), 1, 8, 8)
-    return float(method.imitation(method.student, Batch(inputs=inputs)).total)
+    return method.imitation(method.student, Batch(inputs=inputs)).total.item()
 
 
 def logits(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,7 +150,7 @@ def test_it_learns_what_the_inputs_show(tiny_teacher, tiny_student):
     inputs = torch.randn(256, 1, 8, 8)
 
     def distance() -> float:
-        return float((tiny_student.eval()(inputs) - tiny_teacher(inputs)).abs().mean())
+        return (tiny_student.eval()(inputs) - tiny_teacher(inputs)).abs().mean().item()
 
     before = distance()
     train(method)

@@ -120,10 +120,8 @@ def run_claim(
         recipe = load_recipe(case.recipe, overrides=case.overrides)
         recipes[case_name] = recipe
         known = case.arms or tuple(recipe.arms)
-        if strange := sorted({*known, *(arms or ())} - {*recipe.arms}):
-            raise RecipeError(
-                f"got the arms {strange}, case {case_name!r} has {', '.join(recipe.arms)}"
-            )
+        if strange := sorted({*(arms or ())} - {*known} | {*known} - {*recipe.arms}):
+            raise RecipeError(f"got arms {strange}, case {case_name!r} has {', '.join(known)}")
         wanted = [arm for arm in known if arms is None or arm in arms]
         results[case_name] = {
             arm: [

@@ -32,7 +32,7 @@ def results_table(claims: Mapping[str, Mapping[str, Any]]) -> str:
     lines: list[str] = []
     for result in claims.values():
         machine = result["machine"]
-        where = machine["gpu"] or f"{machine['processor']} CPU, {machine['threads']} threads"
+        where = machine["gpu"] or f"{machine['processor']} with {machine['cores']} cores"
         lines += [
             f"`{result['command']}`, {result['date']}, {where}, torch "
             f"{result['versions']['torch']}, seeds {', '.join(map(str, result['seeds']))}:",

@@ -134,7 +134,9 @@ class Batch:
             raise ShapeError(
                 f"got weights of shape {tuple(weights.shape)}, expected ({len(self)},)"
             )
-        return replace(self, weights=weights if self.weights is None else self.weights * weights)
+        weights = weights if self.weights is None else self.weights * weights
+        # Counted anew: a mean that was taken before says nothing about these weights.
+        return replace(self, weights=weights, _reductions=0)
 
     def mean(self, per_sample: Tensor) -> Tensor:
         """Mean over the batch of a per-sample loss (B,), weighted if a plug-in set weights.

@@ -60,7 +60,8 @@ class UpsampleGenerator(nn.Module):
         }
         if head not in heads:
             raise RecipeError(
-                f"got generator head {head!r}, expected one of {', '.join(heads)}; 'tanh_bn' is the default"
+                f"got generator head {head!r}, expected one of {', '.join(heads)}; "
+                "'tanh_bn' is the default"
             )
         self.latent_dim = latent_dim
         start = (2 * width, height // 4, breadth // 4)

@@ -102,21 +102,26 @@ class CheckpointStore:
     def load(self) -> dict[str, Any] | None:
         """The newest sound checkpoint, or None if there is none.
 
-        Shards that it does not list are dropped: they were written by a round that will be
-        repeated.
+        Damaged ones that are newer are dropped, and so are shards that it does not list: they were
+        written by a round that will be repeated.
 
         Raises:
             CheckpointError: there are checkpoints but none is sound.
         """
         files = self._files()
+        damaged: list[Path] = []
         for _, path in reversed(files):
             state = self._read(path)
             if state is not None:
                 self._drop_shards(
                     keep={name for names in state["shards"].values() for name in names}
                 )
+                # Or it would take the place of a sound one among those that are kept.
+                for useless in damaged:
+                    useless.unlink()
                 return state
             logger.warning("checkpoint %s is damaged; the one before it is used", path.name)
+            damaged.append(path)
         if files:
             raise CheckpointError(
                 f"got {len(files)} checkpoints in {self.folder}, expected a sound one, all are "

@@ -76,6 +76,7 @@ class RunContext:
         self.plugins = dict(plugins)
         self.in_round = False
         self.stopping = False
+        self.cut_short = False
         self.called: set[str] = set()
         self.roles: set[Role] = set()
         self._generators: dict[str, torch.Generator] = {}
@@ -117,6 +118,7 @@ class RunContext:
                 entry.set_rates(self.progress.fraction)
         for index in range(done, n):
             if self.stopping:
+                self.cut_short = True
                 break
             self.in_round = True
             try:

@@ -6,6 +6,7 @@ by compiled readers, raise no audit event and are not seen.
 """
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,22 +16,13 @@ from pathlib import Path
 from vestige.errors import RealDataError
 
 # Code, not data: lazily imported modules and what the interpreter and linker read for them.
-_CODE = (
-    ".py",
-    ".pyc",
-    ".pyi",
-    ".so",
-    ".pyd",
-    ".dll",
-    ".dylib",
-    ".pth",
-    "METADATA",
-    "entry_points.txt",
-)
+# Not .pth: `site` reads such files at start-up only, and people store tensors under that name.
+_CODE = re.compile(r".+\.(py|pyc|pyi|pyd|dll|dylib|so(\.\d+)*)|METADATA|entry_points\.txt")
 _SYSTEM = ("/proc/", "/sys/", "/dev/")
 
 
-@dataclass
+# Told apart by identity: two watches may allow the same.
+@dataclass(eq=False)
 class Watch:
     """What is allowed while a method runs, and what was opened."""
 
@@ -76,8 +68,7 @@ def _writes(mode: object, flags: object) -> bool:
 
 
 def _is_code(path: str) -> bool:
-    name = os.path.basename(path)
-    return name.endswith(_CODE) or ".so." in name
+    return _CODE.fullmatch(os.path.basename(path)) is not None
 
 
 @contextmanager

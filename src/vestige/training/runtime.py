@@ -1,9 +1,11 @@
 """Devices, processes and memory: what a run needs to know of the machine."""
 
+import os
 import platform
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -28,6 +30,17 @@ def device(name: str) -> torch.device:
     if found.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"got device {name!r}, but torch sees no GPU; set trainer.device: auto")
     return found
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Let torch use `count` CPU threads inside the block; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def average_gradients(params: Sequence[nn.Parameter]) -> None:
@@ -56,7 +69,7 @@ def machine() -> dict[str, Any]:
     return {
         "system": platform.system(),
         "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 

@@ -40,12 +40,15 @@ class TrainerConfig(BaseModel):
         evaluate_every: rounds between two evaluations; the last round is always evaluated.
         checkpoint_every: rounds between two checkpoints; the last round always gets one.
         minutes: the run stops at the end of the round in which this much time has passed.
+        threads: of torch on the CPU; None leaves torch's choice. Networks of a few thousand weights
+            are as fast on one thread, and many times faster where others use the machine, too.
         max_steps: the run stops at the end of the round in which this many steps were done.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     device: str = "auto"
+    threads: int | None = Field(None, ge=1)
     log_every: int = Field(10, ge=1)
     evaluate_every: int = Field(1, ge=1)
     checkpoint_every: int = Field(1, ge=1)
@@ -163,7 +166,11 @@ class Trainer:
         self._started = self._round_started = time.perf_counter()
         seeding.seed_globals(self.seed)
         allowed = tuple(path for source in self.sources.values() for path in source.paths)
-        with _interruptible(self._interrupted), guard.watching(type(self.method).__name__, allowed):
+        with (
+            _interruptible(self._interrupted),
+            runtime.threads(self.config.threads),
+            guard.watching(type(self.method).__name__, allowed),
+        ):
             with guard.pausing():
                 for plugin in self.plugins.values():
                     plugin.setup(self.task, self.teachers, self._student(), self.ctx)
@@ -171,7 +178,19 @@ class Trainer:
             for step in self.method.run(self.ctx):
                 self._after_step(step)
             with guard.pausing():
-                return self._finish()
+                findings = self._finish()
+            # Outside of the pause: this is the method's own code.
+            result = self.method.result()
+        return Outcome(
+            result,
+            self.scores,
+            findings,
+            self.ctx.progress.steps,
+            self._seconds(),
+            self._queries(),
+            self._latest_samples(),
+            complete=not self.ctx.cut_short,
+        )
 
     def _student(self) -> nn.Module:
         if self.student is None:
@@ -278,7 +297,7 @@ class Trainer:
                     classes=record.classes,
                     train_eval_agreement=record.train_eval_agreement,
                 )
-            stop = self._out_of_budget(last)
+            stop = self._out_of_budget()
             if last or stop or progress.round % self.config.evaluate_every == 0:
                 self._evaluate()
             self._number += 1
@@ -317,10 +336,10 @@ class Trainer:
         self._metrics.add("evaluation", step=progress.steps, round=progress.round, scores=scores)
         self._tell("evaluation", step=progress.steps, scores=scores)
 
-    def _out_of_budget(self, last: bool) -> bool:
+    def _out_of_budget(self) -> bool:
         progress, minutes = self.ctx.progress, self.config.minutes
         if self.config.max_steps is not None and progress.steps >= self.config.max_steps:
-            return not last
+            return True
         if minutes is None:
             return False
         left = minutes * 60 - self._seconds()
@@ -334,9 +353,9 @@ class Trainer:
                 f"of {progress.rounds} rounds of {progress.loop!r}; schedules are not shortened, "
                 "so set fewer rounds if the learning rate should decay in time"
             )
-        return left <= 0 and not last
+        return left <= 0
 
-    def _finish(self) -> Outcome:
+    def _finish(self) -> list[Finding]:
         self._log()
         if self._saved is not None:
             raise CheckpointError("the run ended before it reached the loop of its checkpoint")
@@ -356,16 +375,7 @@ class Trainer:
         for finding in findings:
             self._warn(f"{finding.message}: {finding.knob}")
         self._tell("end", step=self.ctx.progress.steps, seconds=self._seconds())
-        return Outcome(
-            self.method.result(),
-            self.scores,
-            findings,
-            self.ctx.progress.steps,
-            self._seconds(),
-            self._queries(),
-            self._latest_samples(),
-            complete=not self.ctx.stopping,
-        )
+        return findings
 
     def _latest_samples(self) -> tuple[Tensor, Tensor] | None:
         if not self._samples:

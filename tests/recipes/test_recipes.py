@@ -1,0 +1,616 @@
+"""What a recipe may say, how its layers merge, and that every shipped preset builds and runs."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from vestige.core.types import count_parameters
+from vestige.data.images import BUILT_IN, load_images
+from vestige.errors import DataError, RecipeError, ShapeError
+from vestige.models.factory import build_model
+from vestige.recipes import catalog, schema
+from vestige.recipes.build import build
+from vestige.recipes.run import run_recipe
+from vestige.recipes.schema import Recipe, load_recipe, merge, parse_override, read_yaml, validate
+from vestige.recipes.teacher import load_teacher_recipe
+from vestige.teachers.loading import BuiltinCard, ImageInput, fingerprint
+from vestige.training.files import tensors_to_bytes, write_bytes, write_text
+
+PRESETS = [
+    (name, preset)
+    for name in catalog.shipped()
+    for preset in (read_yaml(name).get("presets") or {"": {}})
+]
+# The paper's batch and rounds at the smallest size; networks and everything else stay as shipped.
+TINY = {"rounds": 1, "iterations": 1, "student_steps": 1, "batch_size": 2}
+GOOD: dict[str, Any] = {
+    "method": "kd",
+    "teacher": "builtin:digits-convnet",
+    "student": {"name": "convnet", "args": {"widths": [4, 4, 4]}},
+    "sources": {"inputs": {"kind": "noise"}},
+    "config": {"rounds": 1},
+}
+
+
+def mistakes(raw: dict[str, Any]) -> list[str]:
+    """One line per mistake, without the bullet."""
+    with pytest.raises(RecipeError) as caught:
+        validate(raw)
+    head, *lines = str(caught.value).splitlines()
+    assert (
+        head == f"the recipe has {f'{len(lines)} mistakes' if len(lines) > 1 else 'one mistake'}:"
+    )
+    return [line.removeprefix("  - ") for line in lines]
+
+
+@pytest.fixture(scope="session")
+def resnet34(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in the shape that the gpu and paper presets ask for."""
+    spec = ImageInput(channels=3, height=32, width=32).spec()
+    path = tmp_path_factory.mktemp("weights") / "resnet34.safetensors"
+    save_file(build_model("resnet34", spec, 10).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def quick_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher cache in which nothing was trained yet."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def put_in_cache(name: str, cache: Path) -> None:
+    """The recipe's own network, untrained, under the name that the cache uses.
+
+    Only how well it was trained is not as the recipe says, and that is not what a run of one round
+    is about: weights, card, digest and fingerprints are checked on loading as always.
+    """
+    recipe = load_teacher_recipe(name)
+    spec = recipe.input.spec()
+    module = build_model(recipe.model.name, spec, recipe.num_classes, **recipe.model.args)
+    card = BuiltinCard(
+        name=recipe.name,
+        model=recipe.model.name,
+        args=recipe.model.args,
+        input=recipe.input,
+        num_classes=recipe.num_classes,
+        classes=tuple(map(str, range(recipe.num_classes))),
+        data=recipe.data,
+        train_fingerprint="",
+        test_fingerprint="",
+        recipe_sha256=recipe.sha256(),
+        weights_fingerprint=fingerprint(module),
+        parameters=count_parameters(module),
+        accuracy=0.1,
+        torch=torch.__version__,
+    )
+    stem = cache / "teachers" / f"{recipe.name}-{recipe.sha256()[:12]}"
+    write_bytes(stem.with_suffix(".safetensors"), tensors_to_bytes(module.state_dict()))
+    write_text(stem.with_suffix(".json"), card.model_dump_json())
+
+
+# Shipped recipes
+
+
+@pytest.mark.parametrize(("name", "preset"), PRESETS)
+def test_every_preset_is_valid_and_resolves_to_itself(name: str, preset: str, tmp_path: Path):
+    recipe = load_recipe(name, preset=preset or None)
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml(), encoding="utf8")
+    again = load_recipe(tmp_path / "again.yaml")
+    assert again.fingerprint() == recipe.fingerprint()
+    assert again.method_config() == recipe.method_config()
+
+
+@pytest.mark.parametrize("name", catalog.shipped())
+def test_the_header_says_what_it_is_what_it_needs_and_how_to_start_it(name: str):
+    text = catalog.shipped()[name].read_text(encoding="utf8")
+    header = [line for line in text.splitlines() if line.startswith("#")]
+    assert text.startswith("# ") and header[0].endswith(".")
+    assert any("Needs:" in line for line in header)
+    command = "vestige demo" if name == "demo" else f"vestige run {name}"
+    assert any(command in line for line in header)
+
+
+@pytest.mark.parametrize(("name", "preset"), PRESETS)
+def test_every_preset_runs_one_round_at_batch_2(
+    name: str,
+    preset: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    raw = load_recipe(name, preset=preset or None)
+    data = {raw.data, *(source.data for source in raw.sources.values())} - {None}
+    for needed in sorted(data):
+        try:
+            load_images(needed, "test")
+        except DataError as error:
+            pytest.skip(str(error))
+    overrides = ["trainer.device=cpu"]
+    if isinstance(raw.teacher, dict):
+        overrides.append(f"teacher.weights={request.getfixturevalue('resnet34')}")
+    elif raw.teacher.startswith("recipe:"):
+        cache = request.getfixturevalue("quick_cache")
+        monkeypatch.setenv("VESTIGE_CACHE", str(cache))
+        put_in_cache(raw.teacher.removeprefix("recipe:"), cache)
+    if raw.data != BUILT_IN:
+        # Judging 10,000 images by two ResNets takes minutes; 64 go the same way.
+        monkeypatch.setattr("vestige.recipes.build.load_images", _few_images)
+    recipe = load_recipe(name, preset=preset or None, overrides=overrides)
+    for arm in [None, *recipe.arms]:
+        run = recipe if arm is None else recipe.arm(arm)
+        known = type(run.method_config()).model_fields
+        tiny = {key: value for key, value in TINY.items() if key in known}
+        run = run.model_copy(update={"config": {**run.config, **tiny}})
+        before = build(run).student.state_dict()
+        # A round without BatchNorm's two rows would have failed here.
+        summary = run_recipe(run, tmp_path / (arm or "main"), report=False)
+        after = _student(tmp_path / (arm or "main"))
+        assert summary["complete"]
+        assert summary["steps"] == (2 if run.method == "dfad" else 1)
+        assert summary["teacher_queries"] == 2 * summary["steps"]
+        assert any(not torch.equal(before[key].cpu(), after[key]) for key in before)
+        assert all(torch.isfinite(value.float()).all() for value in after.values())
+
+
+def _few_images(name: str, split: str) -> Any:
+    found = load_images(name, split)
+    return replace(found, images=found.images[:64], labels=found.labels[:64])
+
+
+def _student(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "student.safetensors")
+
+
+def test_one_row_is_refused_where_it_is_asked_for():
+    found = mistakes({**GOOD, "config": {"batch_size": 1}})
+    assert found == ["config.batch_size: got 1; Input should be greater than or equal to 2"]
+
+
+# Merging
+
+
+def test_mappings_merge_lists_replace_and_drop_takes_away():
+    base = {"a": {"x": 1, "y": [1, 2]}, "b": 1, "c": {"z": 1}}
+    over = {"a": {"y": [3], "w": {"v": 1}}, "b": {"n": 1}, "c": "!drop", "absent": "!drop"}
+    assert merge(base, over) == {"a": {"x": 1, "y": [3], "w": {"v": 1}}, "b": {"n": 1}}
+    assert base == {"a": {"x": 1, "y": [1, 2]}, "b": 1, "c": {"z": 1}}
+
+
+def test_a_preset_drops_a_key_and_null_is_not_dropping(tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                **GOOD,
+                "data": "digits",
+                "presets": {"a": {"data": None, "student": {"args": "!drop"}}},
+            }
+        )
+    )
+    assert load_recipe(path, preset="a").student.args == {}
+    assert load_recipe(path, preset="a").data is None
+    assert load_recipe(path).data == "digits"
+
+
+def test_anchors_and_merge_keys_reach_the_method():
+    gpu, paper = load_recipe("dfad", preset="gpu"), load_recipe("dfad", preset="paper")
+    assert (gpu.method_config().rounds, paper.method_config().rounds) == (250, 500)
+    differing = {key for key, value in paper.model_dump().items() if value != gpu.model_dump()[key]}
+    assert differing == {"config"}
+    # The anchor of the shared arms is one mapping, and each arm still has its own copy to override.
+    demo = load_recipe("demo", overrides=["arms.noise.config.loss=kl"])
+    assert [demo.arms[a].config["loss"] for a in ("noise", "untrained-generator", "real")] == [
+        "kl",
+        "l1",
+        "l1",
+    ]
+
+
+def test_the_paper_preset_is_the_published_method():
+    cfg = load_recipe("dfad", preset="paper").method_config()
+    published = type(cfg)()
+    assert cfg == published
+    assert (cfg.bn_weight, cfg.balance_weight, cfg.replay, cfg.student_mode) == (0, 0, 0, "train")
+
+
+def test_cpu_is_the_preset_where_none_is_named():
+    assert load_recipe("dfad").fingerprint() == load_recipe("dfad", preset="cpu").fingerprint()
+    with pytest.raises(RecipeError, match=r"got preset 'smok', expected one of cpu, .*'smoke'"):
+        load_recipe("dfad", preset="smok")
+
+
+def test_the_seed_and_plug_ins_are_put_on_top():
+    assert load_recipe("kd", seed=5, overrides=["seed=3"]).seed == 5
+    with pytest.raises(RecipeError, match=r"plugins\.0\.name: got plugin 'abdd'"):
+        load_recipe("kd", plugins=["abdd"])
+    with pytest.raises(RecipeError, match=r"plugins\.1\.name: 'x' is named twice"):
+        load_recipe("kd", plugins=["x", "x"])
+
+
+# --set
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a=1", {"a": 1}),
+        ("a.b.c=1", {"a": {"b": {"c": 1}}}),
+        ("a=1e-3", {"a": 1e-3}),
+        ("a=-2.5E+4", {"a": -2.5e4}),
+        ("a=1.5", {"a": 1.5}),
+        ("a=true", {"a": True}),
+        ("a=null", {"a": None}),
+        ("a=", {"a": None}),
+        ("a=[1, 2]", {"a": [1, 2]}),
+        ("a={x: 1, y: [z]}", {"a": {"x": 1, "y": ["z"]}}),
+        ("a=b=c", {"a": "b=c"}),
+        (" a.b = text ", {"a": {"b": "text"}}),
+        ("a=x.safetensors", {"a": "x.safetensors"}),
+        ("a=!drop", None),
+        ("a='!drop'", {"a": "!drop"}),
+    ],
+)
+def test_set_reads_a_dotted_key_and_a_yaml_value(text: str, expected: Any):
+    if expected is None:
+        # A tag, not text, to YAML.
+        with pytest.raises(RecipeError, match="its value is not YAML"):
+            parse_override(text)
+    else:
+        found = parse_override(text)
+        assert found == expected
+        assert repr(found) == repr(expected)  # 1 is not 1.0 and not True
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a",
+        "=1",
+        ".a=1",
+        "a..b=1",
+        "a.=1",
+        "a=[1",
+        "a={",
+        "a=2020-13-45",  # PyYAML raises ValueError for an impossible date
+        "a=0b_",
+        "a=" + "9" * 5000,
+        "a=" + "[" * 10_000,
+        "a=\x00",
+        "a=!!python/object:os.system {}",
+        ".".join("a" * 10_000) + "=1",
+    ],
+)
+def test_a_bad_set_is_named_not_raised_through(text: str):
+    with pytest.raises(RecipeError, match="--set"):
+        load_recipe("kd", overrides=[text])
+
+
+def test_later_overrides_win_over_earlier_ones_and_over_the_preset():
+    recipe = load_recipe(
+        "dfad",
+        preset="smoke",
+        overrides=["config.rounds=7", "config.student_lr=1e-3", "config.rounds=9"],
+    )
+    assert recipe.method_config().rounds == 9
+    assert recipe.method_config().student_lr == 1e-3
+    assert recipe.method_config().iterations == 2  # the preset's
+
+
+# Mistakes
+
+
+def test_unknown_keys_anywhere_are_all_told_at_once_with_the_nearest():
+    raw = merge(
+        GOOD,
+        {
+            "methd": "kd",
+            "teacher": {"modle": "convnet", "model": "convnet", "args": {"width": [1]}},
+            "student": {"nam": "x", "args": {"wdths": [1]}},
+            "sources": {"inputs": {"knd": "noise", "generator": "upsampl"}},
+            "config": {"rouns": 1},
+            "shared": {"batchsize": 2},
+            "trainer": {"devise": "cpu"},
+            "input": {"chanels": 1, "channels": 1, "height": 1, "width": 1},
+            "arms": {"one": {"title": "x", "confg": {}, "config": {"los": "l1"}}},
+        },
+    )
+    found = mistakes(raw)
+    for key, nearest in {
+        "methd": "method",
+        "teacher.modle": "model",
+        "teacher.args.width": "widths",
+        "student.nam": "name",
+        "student.args.wdths": "widths",
+        "sources.inputs.knd": "kind",
+        "config.rouns": "rounds",
+        "shared.batchsize": "batch_size",
+        "trainer.devise": "device",
+        "input.chanels": "channels",
+        "arms.one.confg": "config",
+        "arms.one.config.los": "loss",
+    }.items():
+        assert f"{key}: no such key; did you mean {nearest!r}?" in found
+    assert "sources.inputs.generator: got 'upsampl'; did you mean 'upsample'?" in found
+    assert len(found) == len(set(found)) == 13
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"method": "dfadd"}, "method: got method 'dfadd'"),
+        ({"method": None}, "method: got None"),
+        ({"teacher": "builtin:digits-convet"}, "did you mean 'builtin:digits-convnet'"),
+        ({"teacher": "digits-convnet"}, "teacher: got 'digits-convnet', expected 'recipe:NAME'"),
+        ({"teacher": "recipe:mnist-convet"}, "did you mean 'mnist-convnet'"),
+        ({"teacher": {}}, "teacher: give exactly one of 'model' and 'factory'"),
+        ({"teacher": 5}, "teacher.str: got 5"),
+        ({"student": {"name": "convnett"}}, "did you mean 'convnet'"),
+        ({"student": {"name": None}}, "student: give exactly one of 'name' and 'factory'"),
+        ({"sources": "!drop"}, "sources: 'kd' needs the source 'inputs'"),
+        ({"sources": {"input": {"kind": "noise"}}}, "sources.input: 'kd' takes inputs; did you"),
+        ({"sources": {"inputs": {"kind": "images"}}}, "sources.inputs.data: images need the name"),
+        ({"headline": "x"}, "headline: got 'x', expected one of the arms none"),
+        ({"plugins": 5}, "plugins: got 5"),
+        ({"plugins": [5, {"name": "abd"}]}, "plugins.0: got 5"),
+        ({"config": [1]}, "config: got [1]"),
+        ({"config": {"loss": "l2"}}, "config.loss: got 'l2'"),
+        ({"task": "segmentation"}, "task: got 'segmentation'"),
+        ({"num_classes": 1}, "num_classes: got 1"),
+        ({"seed": -1}, "seed: got -1"),
+        ({"arms": {"a": 5}}, "arms.a: got 5"),
+        ({"arms": {"a": {"title": "t", "method": "dfadd"}}}, "arms.a.method: got method 'dfadd'"),
+        (
+            {"arms": {"a": {"title": "t", "plugins": [{"name": "abdd"}]}}},
+            "arms.a.plugins.0.name: got plugin 'abdd'",
+        ),
+    ],
+)
+def test_a_mistake_is_named_by_its_key(change: dict[str, Any], expected: str):
+    assert any(expected in line for line in mistakes(merge(GOOD, change)))
+
+
+def test_keys_that_are_no_text_are_mistakes_too():
+    assert mistakes({**GOOD, 1: 2})
+    assert mistakes({**GOOD, "config": {1: 2}})
+    assert mistakes({**GOOD, "student": {"name": "convnet", "args": {None: 2}}})
+
+
+def test_an_unknown_method_does_not_hide_the_other_mistakes():
+    found = mistakes({**GOOD, "method": "kdd", "headline": "x"})
+    assert [line.partition(":")[0] for line in found] == ["method", "headline"]
+
+
+# Arms
+
+
+def with_arms(**changes: Any) -> dict[str, Any]:
+    arms = {name: {"title": name} for name in ("first", "second", "third")}
+    return merge({**GOOD, "arms": arms}, changes)
+
+
+def test_a_mistake_of_the_main_config_is_told_once_and_not_for_each_arm():
+    assert mistakes(with_arms(config={"rouns": 1, "loss": "l2"})) == [
+        "config.loss: got 'l2'; Input should be 'kl' or 'l1'",
+        "config.rouns: no such key; did you mean 'rounds'?",
+    ]
+
+
+def test_a_mistake_of_an_arm_is_told_under_its_name_alone():
+    found = mistakes(with_arms(arms={"second": {"config": {"rouns": 1, "rounds": 0}}}))
+    assert found == [
+        "arms.second.config.rounds: got 0; Input should be greater than or equal to 1",
+        "arms.second.config.rouns: no such key; did you mean 'rounds'?",
+    ]
+
+
+def test_an_arm_that_mends_the_main_config_does_not_hide_its_mistake():
+    found = mistakes(with_arms(config={"loss": "l2"}, arms={"first": {"config": {"loss": "l1"}}}))
+    assert found == ["config.loss: got 'l2'; Input should be 'kl' or 'l1'"]
+
+
+def test_the_same_mistake_in_main_config_and_arm_is_two_mistakes():
+    found = mistakes(with_arms(config={"rouns": 1}, arms={"first": {"config": {"rouns": 1}}}))
+    assert [line.partition(":")[0] for line in found] == ["config.rouns", "arms.first.config.rouns"]
+
+
+def test_a_shared_key_that_another_methods_arms_do_not_know_is_told_once():
+    dfad = {"method": "dfad"}
+    found = mistakes(with_arms(shared={"temperature": 2.0}, arms={"first": dfad, "third": dfad}))
+    assert [line.partition(";")[0] for line in found] == ["shared.temperature: no such key"]
+
+
+def test_an_arm_of_an_unknown_method_is_told_once_where_it_stands():
+    found = mistakes(with_arms(method="kdd"))
+    assert [line.partition(":")[0] for line in found] == ["method"]
+    found = mistakes(with_arms(arms={"third": {"method": "kdd"}}))
+    assert [line.partition(":")[0] for line in found] == ["arms.third.method"]
+
+
+def test_an_arm_keeps_everything_but_what_it_names():
+    recipe = load_recipe("demo", seed=4, overrides=["trainer.log_every=3"])
+    for name in recipe.arms:
+        arm = recipe.arm(name)
+        assert (arm.seed, arm.student, arm.teacher) == (4, recipe.student, recipe.teacher)
+        assert (arm.data, arm.shared, arm.trainer) == (recipe.data, recipe.shared, recipe.trainer)
+        assert (arm.arms, arm.headline, arm.baseline, arm.reference) == ({}, None, None, None)
+        again = validate(yaml.safe_load(arm.to_yaml()))
+        assert again.fingerprint() == arm.fingerprint()
+    published, mended = (recipe.arm(name).method_config() for name in ("dfad", "dfad-bn"))
+    assert published == mended.model_copy(update={"bn_weight": 0.0})
+
+
+def test_an_arm_of_another_method_takes_over_shared_settings_only():
+    recipe = load_recipe("demo")
+    noise = recipe.arm("noise").method_config()
+    main = recipe.method_config()
+    for key in recipe.shared:
+        assert getattr(noise, key) == getattr(main, key)
+    assert set(recipe.arm("noise").sources) == {"inputs"}
+
+
+def test_arms_of_the_demo_have_the_same_number_of_student_steps():
+    recipe = load_recipe("demo")
+    steps = set()
+    for name in recipe.arms:
+        cfg = recipe.arm(name).method_config()
+        steps.add(cfg.rounds * cfg.iterations * getattr(cfg, "student_steps", 1))
+    assert steps == {1500}
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "holds NoneType"),
+        (b"# only a comment\n", "holds NoneType"),
+        (b"- a\n- b\n", "holds list"),
+        (b"just text", "holds str"),
+        (bytes(range(256)), "is not YAML"),
+        (b"\xff\xfe\x00\x01" * 10, "is not YAML"),
+        (b"method: [dfad", "is not YAML"),
+        (b"method: !!python/object:os.system {}", "is not YAML"),
+        (b"a: 2020-13-45", "is not YAML"),
+        (b"[" * 10_000 + b"]" * 10_000, "is not YAML"),
+        (b"{a: " * 10_000 + b"}" * 10_000, "is not YAML"),
+        (b"a: " + b"x" * 1_100_000, "a recipe has at most 1000000"),
+        (b"method: kd\npresets: [a]", "expected a mapping"),
+        (b"method: kd\npresets: {cpu: [a]}", "expected a mapping"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_with_its_reason(
+    content: bytes, expected: str, tmp_path: Path
+):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=expected):
+        load_recipe(path)
+
+
+def test_values_that_are_large_or_endless_are_shown_shortened(tmp_path: Path):
+    path = tmp_path / "bomb.yaml"
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 8)}]" for i in range(1, 12)]
+    path.write_text("\n".join([*lines, "data: *a11", "seed: &loop [*loop]"]))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert len(str(caught.value)) < 5_000
+
+
+@pytest.mark.parametrize("name", ["dfda", "no/such.yaml", ".", "", "x" * 5000, "a\0b"])
+def test_a_recipe_that_is_not_there_is_named(name: str):
+    with pytest.raises(RecipeError, match="expected a file or one of demo, dfad, kd"):
+        load_recipe(name)
+
+
+def test_a_teacher_without_a_card_needs_input_and_classes(resnet34: Path):
+    recipe = load_recipe(
+        "kd", overrides=[f"teacher={{model: resnet34, weights: {resnet34}}}", "data=null"]
+    )
+    with pytest.raises(RecipeError, match="input and num_classes: a teacher without a card"):
+        build(recipe)
+
+
+def test_what_contradicts_the_teachers_card_is_refused():
+    with pytest.raises(RecipeError, match=r"num_classes: got 7, expected 10"):
+        build(load_recipe("kd", overrides=["num_classes=7"]))
+    with pytest.raises(RecipeError, match="input: got"):
+        build(load_recipe("kd", overrides=["input={channels: 1, height: 8, width: 8}"]))
+
+
+def test_a_student_that_cannot_take_the_input_is_refused_before_the_run():
+    with pytest.raises((RecipeError, ShapeError)):
+        build(load_recipe("kd", overrides=["student={name: vgg11}", "student.args=!!null"]))
+
+
+def test_a_factory_that_makes_no_network_is_named():
+    with pytest.raises(RecipeError, match=r"student.factory: 'collections:OrderedDict' made a"):
+        build(
+            load_recipe(
+                "kd",
+                overrides=[
+                    "student={factory: 'collections:OrderedDict', name: null, args: {}}",
+                    "student.args='!drop'",
+                ],
+            )
+        )
+
+
+# Fuzzing
+
+KEYS = st.sampled_from(
+    [
+        *Recipe.model_fields,
+        "name",
+        "args",
+        "kind",
+        "title",
+        "rounds",
+        "cpu",
+        "x",
+        "",
+        "a.b",
+        1,
+        None,
+    ]
+)
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(
+        ["kd", "dfad", "builtin:digits-convnet", "recipe:", "noise", "!drop", "wrn-1-1"]
+    )
+    | st.dates()
+    | st.binary(max_size=4)
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(changes=st.dictionaries(KEYS, VALUES, max_size=6), whole=st.booleans())
+def test_any_mapping_is_a_recipe_or_a_recipe_error(changes: dict[Any, Any], whole: bool):
+    raw = merge(GOOD, changes) if whole else changes
+    try:
+        recipe = validate(raw)
+    except RecipeError as error:
+        assert str(error)
+        return
+    assert isinstance(recipe, Recipe)
+    recipe.method_config()
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    key=st.text(max_size=12)
+    | st.sampled_from(
+        ["config.rounds", "student.args.widths", "teacher", "plugins", "arms.a.title"]
+    ),
+    value=st.text(max_size=20)
+    | st.from_regex(r"[0-9:._xbe+\-]{1,12}", fullmatch=True)
+    | VALUES.map(repr),
+)
+def test_any_set_is_a_recipe_or_a_recipe_error(key: str, value: str):
+    try:
+        assert isinstance(load_recipe("kd", overrides=[f"{key}={value}"]), Recipe)
+    except RecipeError as error:
+        assert str(error)
+
+
+def test_the_largest_recipe_is_far_above_the_shipped_ones():
+    assert all(path.stat().st_size < schema._LARGEST / 100 for path in catalog.shipped().values())

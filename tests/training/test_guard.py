@@ -1,0 +1,303 @@
+"""A method that opens data it was not given is caught, whatever it opens it with."""
+
+import gzip
+import os
+import pathlib
+import sys
+import threading
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from vestige.core.types import Batch, InputSpec
+from vestige.errors import RealDataError
+from vestige.methods.kd import KD, KDConfig
+from vestige.recipes.build import build_method
+from vestige.recipes.catalog import METHODS
+from vestige.sources.noise import NoiseSource
+from vestige.tasks.classification import Classification
+from vestige.teachers.white_box import WhiteBoxTeacher
+from vestige.training.guard import pausing, watching
+from vestige.training.trainer import Trainer, TrainerConfig
+
+_NUMBER = count()
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """A file of real data."""
+    path = tmp_path / "secret" / "images.npy"
+    path.parent.mkdir()
+    np.save(path, np.ones((2, 1, 8, 8), dtype=np.float32))
+    return path
+
+
+class OwnPath(type(pathlib.Path())):
+    """A path of somebody's own."""
+
+
+def opened(path: Any, mode: str) -> Any:
+    with open(path, mode) as stream:
+        return stream.read()
+
+
+def by_descriptor(path: Path, flags: int) -> bytes:
+    descriptor = os.open(path, flags)
+    try:
+        return os.read(descriptor, 10)
+    finally:
+        os.close(descriptor)
+
+
+def with_dots(path: Path) -> Path:
+    return path.parent / ".." / path.parent.name / path.name
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    "numpy": np.load,
+    "numpy mapped": lambda path: np.load(path, mmap_mode="r"),
+    "fromfile": lambda path: np.fromfile(path, dtype=np.uint8),
+    "open": lambda path: opened(path, "rb"),
+    "open as text": lambda path: opened(path, "r"),
+    "open for both": lambda path: opened(path, "r+b"),
+    "append and read": lambda path: opened(path, "a+b"),
+    "bytes path": lambda path: opened(os.fsencode(path), "rb"),
+    "relative": lambda path: opened(os.path.relpath(path), "rb"),
+    "dots": lambda path: opened(with_dots(path), "rb"),
+    "os.open": lambda path: by_descriptor(path, os.O_RDONLY),
+    "os.open for both": lambda path: by_descriptor(path, os.O_RDWR),
+    "os.open for both, creating": lambda path: by_descriptor(path, os.O_RDWR | os.O_CREAT),
+    "pathlib": lambda path: path.read_bytes(),
+    "a subclass of Path": lambda path: OwnPath(path).read_bytes(),
+    "gzip": lambda path: gzip.GzipFile(path).close(),
+    "torch": lambda path: torch.load(path, weights_only=True),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_reading_is_refused_with_the_name_of_method_and_file(data, reader):
+    with watching("peeker"), pytest.raises(RealDataError, match=r"'peeker' opened .*images\.npy"):
+        READERS[reader](data)
+
+
+@pytest.mark.parametrize("name", ["data.pth", "data.pt", "data.npz", "x.so.npz", "METADATA.csv"])
+def test_names_that_resemble_code_are_data_all_the_same(data, name):
+    other = data.with_name(name)
+    other.write_bytes(data.read_bytes())
+    with watching("peeker"), pytest.raises(RealDataError):
+        other.read_bytes()
+
+
+def test_built_in_data_of_libraries_is_data():
+    load_digits()  # its lazy imports are done
+    with watching("peeker"), pytest.raises(RealDataError, match="digits"):
+        load_digits()
+
+
+def test_a_thread_of_the_method_is_watched_as_well(data):
+    caught: list[BaseException] = []
+
+    def peek() -> None:
+        try:
+            np.load(data)
+        except RealDataError as error:
+            caught.append(error)
+
+    with watching("peeker"):
+        thread = threading.Thread(target=peek)
+        thread.start()
+        thread.join()
+    assert len(caught) == 1
+
+
+def test_writing_is_allowed(tmp_path):
+    with watching("writer"):
+        np.save(tmp_path / "made.npy", np.ones(3))
+        (tmp_path / "made.txt").write_text("x")
+        with open(tmp_path / "made.txt", "a") as stream:
+            stream.write("y")
+        with open(tmp_path / "both.bin", "w+b") as stream:
+            stream.write(b"z")
+            stream.seek(0)
+            assert stream.read() == b"z"
+        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR
+        os.close(os.open(tmp_path / "new", flags))
+    assert (tmp_path / "made.txt").read_text() == "xy"
+
+
+def test_code_may_be_imported(tmp_path, monkeypatch):
+    name = f"imported_{next(_NUMBER)}"
+    (tmp_path / f"{name}.py").write_text("value = 7\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with watching("importer"):
+        assert __import__(name).value == 7
+    assert name in sys.modules
+
+
+@pytest.mark.parametrize("declared", ["file", "folder", "through a link"])
+def test_declared_files_may_be_read(data, tmp_path, declared):
+    paths = {"file": data, "folder": data.parent, "through a link": tmp_path / "link"}
+    (tmp_path / "link").symlink_to(data.parent)
+    with watching("reader", (paths[declared],)) as watch:
+        assert np.load(data).shape == (2, 1, 8, 8)
+        assert np.load(tmp_path / "link" / data.name).shape == (2, 1, 8, 8)
+    assert watch.opened == [os.path.realpath(data)] * 2
+
+
+def test_neighbours_of_declared_files_may_not(data, tmp_path):
+    beside = tmp_path / "secret2"
+    beside.mkdir()
+    for path in (beside / "images.npy", tmp_path / "secret.npy"):
+        path.write_bytes(data.read_bytes())
+        with watching("reader", (data.parent,)), pytest.raises(RealDataError):
+            np.load(path)
+
+
+def test_a_link_in_a_declared_folder_leads_nowhere(data, tmp_path):
+    declared = tmp_path / "declared"
+    declared.mkdir()
+    (declared / "link.npy").symlink_to(data)
+    with watching("reader", (declared,)), pytest.raises(RealDataError, match="secret"):
+        np.load(declared / "link.npy")
+
+
+def test_pausing_lets_the_trainer_read_and_watching_goes_on(data):
+    with watching("method"):
+        with pausing():
+            assert len(data.read_bytes()) > 0
+            with pausing():
+                data.read_bytes()
+            data.read_bytes()
+        with pytest.raises(RealDataError):
+            data.read_bytes()
+        with pytest.raises(ZeroDivisionError), pausing():
+            raise ZeroDivisionError
+        with pytest.raises(RealDataError):
+            data.read_bytes()
+
+
+def test_outside_of_the_block_nothing_is_watched(data):
+    with pausing():
+        data.read_bytes()
+    with pytest.raises(ZeroDivisionError), watching("method"):
+        raise ZeroDivisionError
+    data.read_bytes()
+
+
+def test_nested_watches_are_told_apart(data):
+    with watching("same") as outer:
+        with watching("same") as inner:
+            assert inner is not outer
+        with pausing():
+            assert not outer.active
+            data.read_bytes()
+        with pytest.raises(RealDataError):
+            data.read_bytes()
+
+
+# A cheating method, run for real
+
+
+def peeking(where: str, path: Path) -> type:
+    """KD that reads a file which it was not given."""
+
+    class Peeker(KD):
+        def __init__(self, *args: Any) -> None:
+            if where == "init":
+                np.load(path)
+            super().__init__(*args)
+
+        def run(self, ctx):
+            if where == "set-up":
+                np.load(path)
+            for number, step in enumerate(super().run(ctx)):
+                if where == "run" and number == 4:
+                    np.load(path)
+                yield step
+
+        def imitation(self, student, batch: Batch):
+            if where == "loss":
+                np.load(path)
+            return super().imitation(student, batch)
+
+        def result(self):
+            if where == "result":
+                np.load(path)
+            return super().result()
+
+    return Peeker
+
+
+SPEC = InputSpec.image(1, 8, 8)
+CONFIG = KDConfig(rounds=3, iterations=2, batch_size=4)
+
+
+def run(method: type, teacher: Any, student: Any, out: Path | None, source: Any = None) -> Trainer:
+    task, teachers = Classification(SPEC, 3), [WhiteBoxTeacher(teacher)]
+    sources = {"inputs": source or NoiseSource(SPEC)}
+    made = method(CONFIG, task, teachers, student, sources)
+    trainer = Trainer(
+        made,
+        task,
+        teachers=teachers,
+        student=student,
+        sources=sources,
+        out=out,
+        config=TrainerConfig(device="cpu"),
+    )
+    trainer.run()
+    return trainer
+
+
+@pytest.mark.parametrize("where", ["set-up", "run", "loss", "result"])
+def test_a_cheating_method_is_caught_by_the_trainer(
+    where, data, tiny_teacher, tiny_student, tmp_path
+):
+    with pytest.raises(RealDataError, match=r"'Peeker' opened .*images\.npy"):
+        run(peeking(where, data), tiny_teacher, tiny_student, tmp_path / "run")
+    data.read_bytes()
+
+
+def test_an_honest_method_is_not(tiny_teacher, tiny_student, tmp_path):
+    trainer = run(peeking("nowhere", tmp_path), tiny_teacher, tiny_student, tmp_path / "run")
+    assert trainer.ctx.progress.steps == 6
+
+
+def test_a_method_that_cheats_while_it_is_built_is_caught(
+    data, tiny_teacher, tiny_student, monkeypatch
+):
+    classes = {"honest": peeking("nowhere", data), "peeker": peeking("init", data)}
+    monkeypatch.setattr(METHODS, "get", classes.__getitem__)
+    rest = (
+        CONFIG,
+        Classification(SPEC, 3),
+        [WhiteBoxTeacher(tiny_teacher)],
+        tiny_student,
+        {"inputs": NoiseSource(SPEC)},
+        0,
+    )
+    assert isinstance(build_method("honest", *rest), KD)
+    with pytest.raises(RealDataError, match=r"'peeker' opened .*images\.npy"):
+        build_method("peeker", *rest)
+
+
+def test_a_declared_source_may_read_its_file_while_the_method_runs(
+    data, tiny_teacher, tiny_student, tmp_path
+):
+    class Lazy(NoiseSource):
+        def __init__(self, paths: tuple[Path, ...]) -> None:
+            super().__init__(SPEC)
+            self.paths = paths
+
+        def draw(self, count: int, rng: torch.Generator) -> torch.Tensor:
+            return torch.from_numpy(np.load(data))[torch.randint(2, (count,), generator=rng)]
+
+    run(KD, tiny_teacher, tiny_student, None, Lazy((data,)))
+    with pytest.raises(RealDataError):
+        run(KD, tiny_teacher, tiny_student, None, Lazy(()))
