@@ -74,7 +74,6 @@ def show(recipe: RecipeArgument, preset: PresetOption = None, overrides: SetOpti
     loaded = load_recipe(recipe, preset=preset, overrides=overrides or ())
     values = loaded.model_dump(mode="json")
     values["config"] = loaded.method_config().model_dump(mode="json")
-    values.pop("shared")
     typer.echo(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), nl=False)
 
 

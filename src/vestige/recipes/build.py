@@ -47,6 +47,7 @@ class LoadedTeacher:
     spec: InputSpec
     num_classes: int
     classes: tuple[str, ...] = ()
+    trained_on: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ def build(
         teacher_score=teacher_score,
         teacher_parameters=count_parameters(loaded.module),
         teacher_fingerprint=weights,
+        teacher_trained_on=loaded.trained_on,
         real_data=tuple(read),
         seed=recipe.seed,
         recipe_yaml=recipe.to_yaml(),
@@ -176,7 +178,8 @@ def resolve_teacher(recipe: Recipe) -> LoadedTeacher:
                 f"num_classes: got {recipe.num_classes}, expected {card.num_classes} as {teacher} "
                 "has; leave it out"
             )
-        return LoadedTeacher(module, spec, card.num_classes, card.classes)
+        trained_on = f"{card.data}/train, {card.train_fingerprint[:12]}"
+        return LoadedTeacher(module, spec, card.num_classes, card.classes, trained_on)
     if given is None or recipe.num_classes is None:
         raise RecipeError(
             "input and num_classes: a teacher without a card needs both in the recipe; add them"

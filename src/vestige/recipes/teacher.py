@@ -4,8 +4,7 @@ import difflib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from vestige.teachers.loading import (
     load_from_card,
     read_card,
 )
+from vestige.training import runtime
 from vestige.training.files import sha256, tensors_to_bytes, write_bytes, write_text
 from vestige.training.supervised import train_classifier
 
@@ -165,7 +165,7 @@ def train_teacher(
         )
     with seeded(recipe.seed, "teacher"):
         module = build_model(recipe.model.name, spec, recipe.num_classes, **recipe.model.args)
-    with _threads(recipe.threads):
+    with runtime.threads(recipe.threads):
         train_classifier(
             module,
             *_tensors(train, spec),
@@ -225,16 +225,6 @@ def teacher_from_recipe(name_or_path: str | Path) -> Trained:
     module, card = train_teacher(recipe, None)
     _save(module, card, cached)
     return module, card
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _tensors(images: ImageSet, spec: InputSpec) -> tuple[Tensor, Tensor]:

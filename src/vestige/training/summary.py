@@ -49,6 +49,7 @@ class RunFacts:
         teacher_score: on the test split, computed in this run; None where nothing judges.
         teacher_parameters: number of weights.
         teacher_fingerprint: digest of the weights.
+        teacher_trained_on: what the teacher's card says of its data, "" where there is no card.
         real_data: everything real that was read.
         seed: of the run.
         recipe_yaml: the resolved recipe.
@@ -68,6 +69,7 @@ class RunFacts:
     student_card: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
     started: str = ""
+    teacher_trained_on: str = ""
 
 
 def write_start(out: Path, facts: RunFacts) -> None:
@@ -84,6 +86,7 @@ def write_start(out: Path, facts: RunFacts) -> None:
             "versions": runtime.versions(),
             "machine": runtime.machine(),
             "teacher_fingerprint": facts.teacher_fingerprint,
+            "teacher_trained_on": facts.teacher_trained_on,
             "real_data": [asdict(item) for item in facts.real_data],
         },
     )

@@ -1,0 +1,17 @@
+"""The headline claim on one seed of the digits, against the arms that must lose."""
+
+import json
+
+import pytest
+
+from vestige.bench import claims
+
+
+@pytest.mark.slow
+def test_headline_claim_of_dfad_holds_on_the_digits(tmp_path, monkeypatch):
+    definition = claims.load_definition("dfad")
+    digits = definition.model_copy(update={"cases": {"digits": definition.cases["digits"]}})
+    monkeypatch.setattr(claims, "load_definition", lambda name: digits)
+    path = claims.run_claim("dfad", seeds=[0], out=tmp_path / "out", cells=tmp_path / "cells")
+    result = json.loads(path.read_text())
+    assert (result["verdict"], result["failures"]) == ("holds", "")
