@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vestige.core import schedules
 from vestige.core.types import Batch, InputSpec, Step
 from vestige.errors import NoBatchNormError
 from vestige.methods.dfad import DFAD, DFADConfig
@@ -259,7 +260,7 @@ def test_the_defaults_are_the_reference_codes_for_cifar():
     assert (cfg.student_optimizer, cfg.student_lr, cfg.student_weight_decay) == ("sgd", 0.1, 5e-4)
     assert cfg.generator_lr == 1e-3
     # MultiStep at 100 and 200 of 500 epochs, x0.1.
-    schedule = cfg.rates()
+    schedule = schedules.named(cfg.schedule, cfg.milestones)
     assert schedule is not None
     rates = [schedule.factor(done / 500) for done in (0, 99, 100, 199, 200, 499)]
     assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])

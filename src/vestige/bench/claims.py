@@ -43,6 +43,7 @@ class Statement(_Strict):
     Attributes:
         claim: the sentence.
         arm: the arm it speaks of.
+        cases: the ones it speaks of; none means all.
         share_of_teacher: least share of the teacher's score.
         points_above: least distance to other arms, in units of the score.
         gap_closed: least share of the way from the baseline to the reference arm.
@@ -50,6 +51,7 @@ class Statement(_Strict):
 
     claim: str
     arm: str
+    cases: tuple[str, ...] = ()
     share_of_teacher: float | None = None
     points_above: dict[str, float] = {}
     gap_closed: float | None = None
@@ -232,6 +234,8 @@ def _judge(
         return {"claim": statement.claim, "verdict": "not shown", "failures": "not all arms ran"}
     failures = []
     for case, by_arm in results.items():
+        if statement.cases and case not in statement.cases:
+            continue
         scores = {arm: [s["student"]["score"] for s in runs] for arm, runs in by_arm.items()}
         teachers = [s["teacher"]["score"] for s in by_arm[statement.arm]]
         recipe = recipes[case]

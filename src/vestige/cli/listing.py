@@ -47,6 +47,13 @@ def list_(
     if not rows:
         typer.echo(f"there are no {kind} yet")
         return
+    if kind is Kind.methods:
+        # As a table of eight columns nothing could be read on a usual terminal.
+        for row in rows:
+            Console().print(f"[bold]{row['name']}[/]  {escape(row['summary'])}")
+            for key in ("paper", "tasks", "access", "needs", "recipes"):
+                Console(soft_wrap=True).print(f"  {key}: {escape(_text(row[key])) or '-'}")
+        return
     table = Table(*rows[0], header_style="bold")
     for row in rows:
         table.add_row(*(escape(_text(value)) for value in row.values()))

@@ -1,5 +1,6 @@
 """Commands that start runs, and those that look at recipes and run folders."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -122,7 +123,7 @@ def _start(
     )
     folder = out or _default_folder(f"{Path(name).stem}-seed{recipe.seed}", resume=resume)
     check_folder(folder, resume=resume)
-    command = " ".join(["vestige", *sys.argv[1:]])
+    command = shlex.join(["vestige", *sys.argv[1:]])
     with RunProgress(list(recipe.arms) if arms else [recipe.method]) as progress:
         if arms:
             summary = run_arms(

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+ScheduleName = Literal["constant", "cosine", "multistep"]
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -50,3 +52,10 @@ def multistep(
         return gamma ** sum(share >= milestone - 1e-9 for milestone in milestones)
 
     return Schedule(factor, per, steps)
+
+
+def named(name: ScheduleName, milestones: tuple[float, ...] = ()) -> Schedule | None:
+    """The schedule per round that a method's setting names; None keeps the rate constant."""
+    if name == "constant":
+        return None
+    return cosine() if name == "cosine" else multistep(milestones)

@@ -1,7 +1,9 @@
 """DFAD.
 
 Paper: Data-Free Adversarial Distillation, Fang, Song, Shen, Wang, Chen, Song, 2019,
-    arXiv 1912.11006. The authors ask to cite ZSKT (arXiv 1905.09768) first for the min-max idea.
+    arXiv 1912.11006.
+
+The min-max idea came earlier in ZSKT (arXiv 1905.09768), which the authors ask to cite first.
 
 One iteration, with D(S, T; x) the mean absolute difference of the logits over batch and classes:
 1. imitation, `student_steps` times with fresh noise: x = G(z) without gradient, minimise D over S;
@@ -31,9 +33,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from vestige.core import modes, optim
+from vestige.core import modes, optim, schedules
 from vestige.core.protocols import Context, Sharded, Source, Stateful, Task, Teacher
-from vestige.core.schedules import Schedule, cosine, multistep
 from vestige.core.types import Batch, Loss, Requires, Result, Step, predict
 from vestige.losses.adversarial import disagreement_loss, log_form
 from vestige.losses.prior import class_balance_loss
@@ -82,7 +83,7 @@ class DFADConfig(BaseModel):
     student_lr: float = Field(0.1, gt=0)
     student_weight_decay: float = Field(5e-4, ge=0)
     generator_lr: float = Field(1e-3, gt=0)
-    schedule: Literal["constant", "cosine", "multistep"] = "multistep"
+    schedule: schedules.ScheduleName = "multistep"
     milestones: tuple[float, ...] = (0.2, 0.4)
     generator: Literal["upsample", "dcgan"] = "upsample"
     generator_width: int = Field(64, ge=1)
@@ -93,12 +94,6 @@ class DFADConfig(BaseModel):
     balance_weight: float = Field(0.0, ge=0)
     replay: float = Field(0.0, ge=0, lt=1)
     replay_size: int = Field(4096, ge=1)
-
-    def rates(self) -> Schedule | None:
-        """The schedule of both learning rates."""
-        if self.schedule == "constant":
-            return None
-        return cosine() if self.schedule == "cosine" else multistep(self.milestones)
 
 
 class DFAD:
@@ -118,6 +113,7 @@ class DFAD:
         self.cfg = cfg
         self.teacher = teachers[0]
         self.student = student
+        self.spec = task.spec
         self.generator = build_generator(
             cfg.generator, task.spec, latent_dim=cfg.latent_dim, width=cfg.generator_width
         )
@@ -133,20 +129,20 @@ class DFAD:
     def run(self, ctx: Context) -> Iterator[Step]:
         """The paper's loop: `student_steps` imitations, then one generation."""
         cfg = self.cfg
-        self.generator.to(ctx.device)
+        rates = schedules.named(cfg.schedule, cfg.milestones)
         student_optimizer = ctx.optimizer(
             "student",
             self.student.parameters(),
             optim.factory(
                 cfg.student_optimizer, cfg.student_lr, weight_decay=cfg.student_weight_decay
             ),
-            cfg.rates(),
+            rates,
         )
         generator_optimizer = ctx.optimizer(
             "generator",
             self.generator.parameters(),
             optim.factory("adam", cfg.generator_lr),
-            cfg.rates(),
+            rates,
         )
         modes.train_mode(self.student)
         self.generator.train()
@@ -181,7 +177,7 @@ class DFAD:
     def generation(self, generator: Any, batch: Batch) -> Loss:
         """-D(S, T; G(z)), or -log(D + 1), and the options; minimised over the generator."""
         cfg = self.cfg
-        inputs = generator(batch.latent)
+        inputs = self.as_inputs(generator(batch.latent))
         with self.probe or nullcontext():
             teacher = predict(self.teacher, inputs)
         with modes.evaluating(self.student) if cfg.student_mode == "eval" else nullcontext():
@@ -202,10 +198,16 @@ class DFAD:
         """A batch for the student: fresh fakes, and earlier ones if `replay` asks for them."""
         cfg = self.cfg
         replayed = int(cfg.replay * cfg.batch_size) if len(self.memory) else 0
-        fresh: Tensor = self.generator(self.latent(cfg.batch_size - replayed, ctx))
+        fresh = self.as_inputs(self.generator(self.latent(cfg.batch_size - replayed, ctx)))
         if not replayed:
             return fresh
         return torch.cat([fresh, self.memory.draw(replayed, ctx.rng)])
+
+    def as_inputs(self, made: Tensor) -> Tensor:
+        """The generator's output in the teacher's normalised space; differentiable."""
+        # Generator A ends in an affine-free BatchNorm and is there already. Generator B gives
+        # [-1, 1], which is so for mean and std 0.5 (the paper's), not for other statistics.
+        return self.spec.normalize((made + 1) / 2) if self.cfg.generator == "dcgan" else made
 
     def latent(self, count: int, ctx: Context) -> Tensor:
         """Noise (count, Z), standard normal."""

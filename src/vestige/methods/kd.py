@@ -20,9 +20,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from vestige.core import modes, optim
+from vestige.core import modes, optim, schedules
 from vestige.core.protocols import Context, Sharded, Source, Stateful, Task, Teacher
-from vestige.core.schedules import Schedule, cosine, multistep
 from vestige.core.types import Access, Batch, Loss, Requires, Result, Step, predict
 from vestige.losses.distill import kl_divergence, l1_logits
 
@@ -51,16 +50,10 @@ class KDConfig(BaseModel):
     student_optimizer: optim.OptimizerName = "sgd"
     student_lr: float = Field(0.1, gt=0)
     student_weight_decay: float = Field(5e-4, ge=0)
-    schedule: Literal["constant", "cosine", "multistep"] = "cosine"
+    schedule: schedules.ScheduleName = "cosine"
     milestones: tuple[float, ...] = (0.5, 0.75)
     loss: Literal["kl", "l1"] = "kl"
     temperature: float = Field(4.0, gt=0)
-
-    def rates(self) -> Schedule | None:
-        """The schedule of the learning rate."""
-        if self.schedule == "constant":
-            return None
-        return cosine() if self.schedule == "cosine" else multistep(self.milestones)
 
 
 class KD:
@@ -100,7 +93,7 @@ class KD:
             optim.factory(
                 cfg.student_optimizer, cfg.student_lr, weight_decay=cfg.student_weight_decay
             ),
-            cfg.rates(),
+            schedules.named(cfg.schedule, cfg.milestones),
         )
         modes.train_mode(self.student)
         for _ in ctx.rounds("distill", cfg.rounds):

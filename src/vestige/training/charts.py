@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 
 # Okabe and Ito's set, told apart with any colour vision; dashes carry the same difference on paper.
-PALETTE = ("#0b66a8", "#d55e00", "#00876a", "#b8568f", "#b07a00", "#3f8fc4", "#6b6f76")
+PALETTE = ("#0b66a8", "#d55e00", "#00876a", "#b8568f", "#35a3d0", "#a87400", "#6b6f76")
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "10 4", "4 2", "1 2")
 _POINTS = 240
 _LARGEST = 1e100
@@ -49,6 +49,13 @@ def plain(value: float) -> str:
 def percent(value: float) -> str:
     """A share as a percentage without needless digits."""
     return f"{100 * value:.3g} %" if math.isfinite(value) else "–"
+
+
+def shares_of(counts: Sequence[float]) -> list[float]:
+    """Counts as shares of their sum; empty where nothing was counted."""
+    clean = [count if _usable(count) and count > 0 else 0.0 for count in counts]
+    whole = sum(clean)
+    return [count / whole for count in clean] if whole else []
 
 
 def colour(slot: int) -> str:
@@ -93,11 +100,14 @@ def line_chart(
     line = reference if reference is not None and _usable(reference[1]) else None
     ys = [y for _, y in finite] + ([line[1]] if line else [])
     logarithmic = y_range is None and min(ys) > 0 and max(ys) / min(ys) > _WIDE_RANGE
-    x_axis = _Axis.over([x for x, _ in finite], start=54, end=width - 14)
+    xs = [x for x, _ in finite]
+    # Counts that begin near zero read best on an axis that begins there.
+    origin = [0.0] if 0 < min(xs) <= 0.2 * max(xs) else []
+    x_axis = _Axis.over(xs + origin, start=54, end=width - 14)
     y_axis = _Axis.over(
         list(y_range) if y_range else ys,
         start=height - 40,
-        end=12,
+        end=24,
         logarithmic=logarithmic,
         pad=0.0 if y_range else 0.06,
     )
@@ -109,10 +119,7 @@ def line_chart(
             f'<path d="M54 {at:.1f}H{width - 14}" fill="none" stroke-dasharray="5 4" '
             f'stroke-width="1.5" style="stroke:var(--ink, #222)"/>'
         )
-        # Below the line where it runs along the upper edge.
-        parts.append(
-            _text(line[0], width - 18, at + 15 if at < 24 else at - 6, "end", ink="--ink, #222")
-        )
+        parts.append(_text(line[0], width - 18, at - 6, "end", ink="--ink, #222"))
     for one in sorted(series, key=lambda item: item.strong):
         parts.append(_draw(one, x_axis, y_axis))
     return "".join([*parts, "</svg>"])
@@ -144,7 +151,8 @@ def heat_strip(
     title: str,
     x_label: str = "",
     names: Sequence[str] = (),
-    width: int = 560,
+    top: float | None = None,
+    width: int = 420,
 ) -> str:
     """Shares of a whole over time: one row per class, one column per round, darker is more.
 
@@ -157,12 +165,13 @@ def heat_strip(
         title: read out by screen readers and shown on hovering.
         x_label: what the columns count.
         names: class names; numbers where it is empty or too short.
+        top: share drawn darkest, common to strips that are to be compared; None for the largest.
         width: of the drawing, in its own units.
 
     Returns:
         One `<svg>` element.
     """
-    shares = [(x, _shares(counts)) for x, counts in columns]
+    shares = [(x, shares_of(counts)) for x, counts in columns]
     classes = max((len(row) for _, row in shares), default=0)
     shares = [(x, row) for x, row in shares if row and len(row) == classes and _usable(x)]
     if not shares:
@@ -171,25 +180,26 @@ def heat_strip(
         (names[index] if index < len(names) else str(index), [row[index] for _, row in shares])
         for index in range(classes)
     ]
+    # Before rows are merged: all that is left together would make each class look pale.
+    darkest = max(top or 0.0, *(max(row) for _, row in rows))
     rows = _merge_rows(rows)
     xs = [x for x, _ in shares]
     step = max(1, math.ceil(len(xs) / 100))
     cell = 20 if len(rows) <= 12 else 13
     left, right = 54, width - 14
-    height = cell * len(rows) + 84
+    height = cell * len(rows) + 58
     slots = math.ceil(len(xs) / step)
     across = (right - left) / slots
-    top = max(max(row) for _, row in rows)
     parts = [_head(title, width, height)]
     for number, (name, row) in enumerate(rows):
         y = 4 + number * cell
-        parts.append(_text(_short(name, 7), left - 8, y + cell / 2 + 4, "end"))
+        parts.append(_text(_short(name, 8), left - 8, y + cell / 2 + 4, "end"))
         for slot in range(slots):
             share = sum(row[slot * step : (slot + 1) * step]) / len(row[slot * step :][:step])
             label = f"{name}, {x_label} {plain(xs[slot * step])}: {percent(share)}"
             parts.append(
                 f'<rect x="{left + slot * across:.1f}" y="{y}" width="{across + 0.2:.1f}" '
-                f'height="{cell - 1}" fill-opacity="{math.sqrt(share / top):.2f}" '
+                f'height="{cell - 1}" fill-opacity="{math.sqrt(min(1.0, share / darkest)):.2f}" '
                 f'style="fill:{colour(0)}"><title>{escape(label)}</title></rect>'
             )
     bottom = 4 + len(rows) * cell
@@ -197,7 +207,7 @@ def heat_strip(
     if len(xs) > 1:
         parts.append(_text(plain(xs[-1]), right, bottom + 16, "end"))
     parts.append(_text(x_label, (left + right) / 2, bottom + 16, "middle"))
-    parts.append(_scale(left, bottom + 40, top, 1 / classes))
+    parts.append(_scale(left, bottom + 34, darkest))
     return "".join([*parts, "</svg>"])
 
 
@@ -245,7 +255,7 @@ class _Axis:
             return inside[:: max(1, math.ceil(len(inside) / (wanted + 2)))]
         rough = (self.high - self.low) / max(1, wanted)
         unit = 10.0 ** math.floor(math.log10(rough))
-        step = next(unit * size for size in (1, 2, 2.5, 5, 10) if unit * size >= rough * 0.999)
+        step = next(unit * size for size in (1, 2, 2.5, 5, 10) if unit * size >= rough * 0.75)
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
         return [index * step for index in range(first, last + 1)]
@@ -260,7 +270,7 @@ def _grid(x_axis: _Axis, y_axis: _Axis, y_format: Format) -> str:
             f'<path d="M{x_axis.start} {at:.1f}H{x_axis.end}" style="stroke:var(--line, #ddd)"/>'
         )
         parts.append(_text(y_format(value), x_axis.start - 8, at + 4, "end"))
-    for value in x_axis.ticks(max(2, int((x_axis.end - x_axis.start) / 95))):
+    for value in x_axis.ticks(max(2, int((x_axis.end - x_axis.start) / 90))):
         parts.append(_text(plain(value), x_axis(value), y_axis.start + 17, "middle"))
     parts.append(
         f'<path d="M{x_axis.start} {y_axis.start}H{x_axis.end}" style="stroke:var(--quiet, #999)"/>'
@@ -319,12 +329,6 @@ def _thin(run: list[tuple[float, float]]) -> list[tuple[float, float, float, flo
     return out
 
 
-def _shares(counts: Sequence[float]) -> list[float]:
-    clean = [count if _usable(count) and count > 0 else 0.0 for count in counts]
-    whole = sum(clean)
-    return [count / whole for count in clean] if whole else []
-
-
 def _merge_rows(rows: list[tuple[str, list[float]]]) -> list[tuple[str, list[float]]]:
     if len(rows) <= 24:
         return rows
@@ -334,19 +338,17 @@ def _merge_rows(rows: list[tuple[str, list[float]]]) -> list[tuple[str, list[flo
     return [*kept, (f"{len(rest)} more", [sum(column) for column in zip(*rest, strict=True)])]
 
 
-def _scale(left: float, y: float, top: float, even: float) -> str:
-    """What the colours of a heat strip mean: from 0 to the largest share, the even share marked."""
-    length, parts = 160.0, []
+def _scale(left: float, y: float, top: float) -> str:
+    """What the colours of a heat strip mean, from 0 to the darkest share."""
+    start, length = left + 34.0, 128.0
+    parts = [_text("0 %", left, y + 9, "start")]
     for index in range(16):
         share = math.sqrt((index + 0.5) / 16)
         parts.append(
-            f'<rect x="{left + index * length / 16:.1f}" y="{y}" width="{length / 16 + 0.2:.1f}" '
-            f'height="8" fill-opacity="{share:.2f}" style="fill:{colour(0)}"/>'
+            f'<rect x="{start + index * length / 16:.1f}" y="{y}" width="{length / 16 + 0.2:.1f}" '
+            f'height="10" fill-opacity="{share:.2f}" style="fill:{colour(0)}"/>'
         )
-    parts.append(_text("0 %", left, y + 24, "start"))
-    parts.append(_text(percent(top), left + length, y + 24, "end"))
-    note = f"of the teacher’s answers; evenly spread: {percent(even)}"
-    parts.append(_text(note, left + length + 12, y + 9, "start"))
+    parts.append(_text(percent(top), start + length + 8, y + 9, "start"))
     return "".join(parts)
 
 

@@ -129,7 +129,10 @@ def view(run: RunFolder, *, name: str, anchor: str) -> dict[str, Any]:
     headline = next((row for row in rows if row.headline), None)
     chosen = run.arms.get(headline.name) if headline else None
     chosen = chosen or (run if run.metrics or not parts else parts[0][1])
-    everyone = [("", run), *((titles[key], arm) for key, arm in run.arms.items())]
+    everyone = [
+        ("", run),
+        *((row.title, run.arms[row.name]) for row in rows if row.name in run.arms),
+    ]
     return {
         "name": name,
         "anchor": anchor,
@@ -144,11 +147,17 @@ def view(run: RunFolder, *, name: str, anchor: str) -> dict[str, Any]:
         "sheets": _sheets(run, chosen, parts),
         "curve": _score_chart(parts, metric, _score(run, "teacher")),
         "agreement": _round_chart(parts, "agreement", "Agreement with the teacher on fresh fakes"),
-        "modes": _round_chart(parts, "train_eval_agreement", "Train mode against eval mode"),
-        "terms": _term_charts(chosen),
+        "terms": [*_term_charts(chosen), *_mode_chart(chosen)],
         "terms_of": next((title for title, arm in parts if arm is chosen), ""),
         "strips": _strips(parts),
-        "diagnosis": [(title, found) for title, arm in everyone if (found := _diagnosis(arm))],
+        "warnings": sum(item["level"] == "warning" for item in _diagnosis(chosen)),
+        "diagnosis": [
+            (title, found)
+            for title, arm in everyone
+            if (found := _diagnosis(arm))
+            # A run with arms repeats the findings of the arm that it is known by.
+            and not (arm is run and chosen is not run and found == _diagnosis(chosen))
+        ],
         "real_data": _real_data(everyone),
         "real_data_known": _records(run) is not None,
         "fingerprints": sorted(set(_fingerprints(run.record))),
@@ -170,7 +179,8 @@ def _sentence(run: RunFolder, headline: ArmRow | None, metric: str) -> str:
         clauses.append(f"its teacher has {tables.format_score(teacher, metric)}")
     if _is_data_free(run, headline):
         clauses.append("no real image was read to train it")
-    return "; ".join(clauses) + "."
+    # A number and its percent sign stay on one line.
+    return ("; ".join(clauses) + ".").replace(" %", "\u00a0%")
 
 
 def _is_data_free(run: RunFolder, headline: ArmRow | None) -> bool:
@@ -222,7 +232,7 @@ def _figures(run: RunFolder, headline: ArmRow | None, metric: str) -> list[dict[
                 "Gap closed",
                 headline.gap_closed,
                 tables.format_share(headline.gap_closed),
-                "see the arms below",
+                "from baseline to reference arm",
             ),
         )
     if not headline and math.isfinite(best):
@@ -270,9 +280,7 @@ def _sheets(
     """The pictures, the shown student's first."""
     first = run.samples or chosen.samples
     found = [("", first)] if first else []
-    found += [
-        (title, arm.samples) for title, arm in parts if arm.samples and arm.samples is not first
-    ]
+    found += [(title, arm.samples) for title, arm in parts if arm.samples and arm.samples != first]
     return [
         {"title": title, "uri": "data:image/png;base64," + base64.b64encode(data).decode("ascii")}
         for title, data in found
@@ -290,7 +298,7 @@ def _score_chart(
             for line in arm.metrics
             if line.get("kind") == "evaluation" and metric in mapping(line.get("scores"))
         }
-        series.append(Series(title or "student", sorted(points.items()), slot, strong=slot == 0))
+        series.append(Series(title or "student", _in_order(points), slot, strong=slot == 0))
     share = tables.is_share(metric) and all(
         -0.001 <= y <= 1.001 for one in series for _, y in one.points if math.isfinite(y)
     )
@@ -304,10 +312,15 @@ def _score_chart(
 
 
 def _round_chart(
-    parts: Sequence[tuple[str, RunFolder]], key: str, title: str
+    parts: Sequence[tuple[str, RunFolder]],
+    key: str,
+    title: str,
+    *,
+    width: int = 560,
+    height: int = 280,
 ) -> dict[str, Any] | None:
     series = []
-    by_step = any(len({line.get("loop") for line in _rounds(arm)}) > 1 for _, arm in parts)
+    by_step = any(_loops(_rounds(arm)) > 1 for _, arm in parts)
     x_key = "step" if by_step else "round"
     for slot, (name, arm) in enumerate(parts):
         # Null where it was not measured in that round.
@@ -316,8 +329,8 @@ def _round_chart(
             for line in _rounds(arm)
             if line.get(key) is not None
         }
-        series.append(Series(name or "student", sorted(points.items()), slot, strong=slot == 0))
-    return _chart(title, series, x_label=x_key, share=True)
+        series.append(Series(name or "student", _in_order(points), slot, strong=slot == 0))
+    return _chart(title, series, x_label=x_key, share=True, width=width, height=height)
 
 
 def _term_charts(run: RunFolder) -> list[dict[str, Any]]:
@@ -335,28 +348,54 @@ def _term_charts(run: RunFolder) -> list[dict[str, Any]]:
     out = []
     for (role, term), points in curves.items():
         name = " · ".join(filter(None, (role, term)))
-        line_of = Series(name, sorted(points.items()), strong=True)
+        line_of = Series(name, _in_order(points), strong=True)
         made = _chart(name, [line_of], x_label="step", width=340, height=190)
         if made:
             out.append(made)
     return out
 
 
+def _mode_chart(run: RunFolder) -> list[dict[str, Any]]:
+    """How far the student depends on the batch that its BatchNorm sees."""
+    title = "student · same answer in train and eval mode"
+    made = _round_chart([("", run)], "train_eval_agreement", title, width=340, height=190)
+    return [made] if made else []
+
+
 def _strips(parts: Sequence[tuple[str, RunFolder]]) -> list[dict[str, Any]]:
-    out = []
+    """One heat strip per run, all on one scale."""
+    found = []
     for title, arm in parts:
         lines = [line for line in _rounds(arm) if sequence(line.get("classes"))]
-        by_step = len({line.get("loop") for line in lines}) > 1
-        x_key = "step" if by_step else "round"
+        x_key = "step" if _loops(lines) > 1 else "round"
         columns = {
             number(line.get(x_key)): [number(count) for count in line["classes"]] for line in lines
         }
-        if not columns:
-            continue
-        what = f"The teacher’s answers by class, {title or 'this run'}"
-        drawn = charts.heat_strip(sorted(columns.items()), title=what, x_label=x_key)
-        out.append({"title": title, "svg": _safe(drawn)})
-    return out
+        if ordered := _in_order(columns):
+            found.append((title, x_key, ordered))
+    top = max(
+        (
+            max(charts.shares_of(counts), default=0.0)
+            for _, _, columns in found
+            for _, counts in columns
+        ),
+        default=0.0,
+    )
+    return [
+        {
+            "title": title,
+            "svg": _safe(
+                charts.heat_strip(
+                    columns,
+                    title=f"The teacher’s answers by class, {title or 'this run'}",
+                    x_label=x_key,
+                    top=top,
+                )
+            ),
+            "even": charts.percent(1 / max(len(counts) for _, counts in columns)),
+        }
+        for title, x_key, columns in found
+    ]
 
 
 def _chart(
@@ -566,6 +605,16 @@ def _row_of(arm: RunFolder, name: str) -> ArmRow:
 
 def _rounds(run: RunFolder) -> list[Mapping[str, Any]]:
     return [line for line in run.metrics if line.get("kind") == "round"]
+
+
+def _loops(lines: Sequence[Mapping[str, Any]]) -> int:
+    """How many loops the lines come from; rounds are counted anew in each."""
+    return len({str(line.get("loop")) for line in lines})
+
+
+def _in_order(points: Mapping[float, Any]) -> list[tuple[float, Any]]:
+    """Points by ascending x, those without a place left out."""
+    return sorted((x, y) for x, y in points.items() if math.isfinite(x))
 
 
 def _score(run: RunFolder, who: str) -> float:

@@ -172,6 +172,9 @@ class Trainer:
             guard.watching(type(self.method).__name__, allowed),
         ):
             with guard.pausing():
+                for _, part in self._all_parts():
+                    if isinstance(part, nn.Module):
+                        part.to(self.device)
                 for plugin in self.plugins.values():
                     plugin.setup(self.task, self.teachers, self._student(), self.ctx)
                 self._tell("start", resumed=self._saved is not None, step=self._checkpoint_step)

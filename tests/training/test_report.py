@@ -1,0 +1,349 @@
+"""The page says what the run folder says, holds everything in itself and survives damage."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from vestige.training.pictures import save_png
+from vestige.training.report import read_run, write_report
+from vestige.training.tables import arm_rows, arms_table, format_size, result_table
+
+HOSTILE = "<script>alert('x')</script>"
+EVALUATION = {"name": "digits/test", "origin": "real", "by": "evaluation", "purpose": "evaluation",
+              "images": 360, "fingerprint": "f" * 64}  # fmt: skip
+TRAINING = {"name": "digits/train", "origin": "real", "by": "real", "purpose": "training",
+            "images": 1437, "fingerprint": "e" * 64}  # fmt: skip
+
+
+class _Page(HTMLParser):
+    """Elements, exact numbers and visible text of a page; fails on tags that do not match."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.numbers: list[tuple[float, str]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self._value: str | None = None
+        self.feed(html)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self._open.append(tag)
+        if tag == "data":
+            self._value = dict(attrs)["value"]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open[-1:] == ["style"]:
+            return
+        if self._value is not None:
+            self.numbers.append((float(self._value), data))
+            self._value = None
+        self.text += data.replace("\u00a0", " ")
+
+
+def _lines(score: float) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    for round_ in range(6):
+        step = 2 * round_ + 2
+        for offset, role in ((1, "source"), (0, "student")):
+            lines.append({"kind": "step", "step": step - offset, "role": role, "loop": "train",
+                          "round": round_, "seconds": 0.1 * step, "total": 1.0 / step,
+                          "terms": {"disagreement": 1.0 / step, "bn": 2.0}})  # fmt: skip
+        lines.append({"kind": "round", "loop": "train", "round": round_, "step": step,
+                      "seconds": 0.1, "agreement": 0.5 + 0.05 * round_, "classes": [3, 5, 8],
+                      "train_eval_agreement": 0.9})  # fmt: skip
+        lines.append({"kind": "evaluation", "step": step, "round": round_,
+                      "scores": {"accuracy": score * (round_ + 1) / 6, "loss": 0.4}})  # fmt: skip
+    return lines
+
+
+def _write_run(folder: Path, *, score: float = 0.9312, **changes: Any) -> Path:
+    folder.mkdir(parents=True)
+    summary = {
+        "schema": 1, "method": "dfad", "plugins": [], "task": "classification",
+        "metric": "accuracy", "teacher": {"score": 0.9944, "parameters": 24106},
+        "student": {"score": score, "best_score": score + 0.01, "parameters": 3626},
+        "arms": {}, "steps": 1800, "seconds": 27.43, "peak_memory_mib": 412.0,
+        "teacher_queries": 115200, "real_data": [EVALUATION], "seed": 0, "device": "cpu",
+        "versions": {"torch": "2.13.0"}, "result": {"kind": "student", "path": "s.safetensors"},
+        "diagnosis": [{"code": "few-classes", "level": "warning",
+                       "message": "the inputs cover few classes", "knob": "raise bn_weight"}],
+        **changes,
+    }  # fmt: skip
+    record = {
+        "versions": {"torch": "2.13.0"}, "seeds": {"run": 0},
+        "fingerprints": {"teacher": "a" * 64},
+        "machine": {"system": "Linux", "processor": "x86_64", "cores": 2},
+        "real_data": summary["real_data"], "command": "vestige run dfad", "started": "2026-11-20",
+    }  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "recipe.yaml").write_text("method: dfad\nbn_weight: 1.0\n")
+    lines = "".join(json.dumps(line) + "\n" for line in _lines(score))
+    (folder / "metrics.jsonl").write_text(lines)
+    save_png(np.full((4, 4, 3), 7, np.uint8), folder / "samples.png")
+    return folder
+
+
+def _write_demo(folder: Path) -> Path:
+    details = [
+        {"name": name, "title": title, "score": score, "gap_closed": gap, "seconds": seconds,
+         "images_made": 100, "real_images_read": read, "data_free": read == 0,
+         "headline": headline}
+        for name, title, score, gap, seconds, read, headline in [
+            ("noise", "KD on noise", 0.2811, 0.0, 21.31, 0, False),
+            ("dfad-bn", "DFAD with BN-statistics term", 0.9683, 0.9634, 27.42, 0, True),
+            ("real", "KD on real data", 0.9737, None, 19.93, 1437, False),
+        ]
+    ]  # fmt: skip
+    arms = {item["name"]: item["score"] for item in details}
+    _write_run(folder, score=0.9683, arms=arms, arm_details=details,
+               real_data=[EVALUATION, TRAINING])  # fmt: skip
+    (folder / "metrics.jsonl").unlink()
+    for item in details:
+        records = [EVALUATION, TRAINING] if item["name"] == "real" else [EVALUATION]
+        _write_run(folder / "arms" / item["name"], score=item["score"], real_data=records)
+    return folder
+
+
+def _page(folders: list[Path], out: Path) -> _Page:
+    return _Page(write_report(folders, out).read_text(encoding="utf-8"))
+
+
+def test_numbers_of_a_run_are_those_of_its_summary(tmp_path: Path) -> None:
+    page = _page([_write_run(tmp_path / "run")], tmp_path / "report.html")
+    assert ("student with 3.6k parameters reaches 93.1 % test accuracy; its teacher has 99.4 %; "
+            "no real image was read to train it.") in page.text  # fmt: skip
+    assert {(0.9312, "93.1 %"), (0.9944, "99.4 %"), (3626.0, "3.6k"), (27.43, "27.4")} <= set(
+        page.numbers
+    )
+    for needed in ("115,200", "412 MiB", "vestige run dfad", "bn_weight: 1.0", "a" * 64,
+                   "raise bn_weight", "the inputs cover few classes", "1 warning"):  # fmt: skip
+        assert needed in page.text
+
+
+def test_arms_are_shown_with_the_headline_first(tmp_path: Path) -> None:
+    page = _page([_write_demo(tmp_path / "demo")], tmp_path / "report.html")
+    assert "reaches 96.8 % test accuracy" in page.text
+    assert "no real image was read to train it" in page.text
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    exact = {value for value, _ in page.numbers}
+    for item in summary["arm_details"]:
+        assert {item["score"], item["seconds"], item["real_images_read"]} <= exact
+    assert page.text.index("DFAD with BN-statistics term") < page.text.index("KD on noise")
+    assert "Inside DFAD with BN-statistics term" in page.text
+    assert "not complete" not in page.text
+    # The run's own picture and findings are those of its headline arm, and all arms here agree.
+    assert page.text.count("raise bn_weight") == len(summary["arm_details"])
+    assert sum(tag == "img" for tag, _ in page.tags) == 1
+
+
+@pytest.mark.parametrize("records", [[TRAINING], ["digits"], [{"name": "x"}]])
+def test_data_that_may_have_trained_the_student_forbids_the_claim(
+    tmp_path: Path, records: list[Any]
+) -> None:
+    page = _page([_write_run(tmp_path / "run", real_data=records)], tmp_path / "report.html")
+    assert "no real image" not in page.text
+
+
+def test_a_headline_arm_whose_own_record_disagrees_is_not_called_data_free(tmp_path: Path) -> None:
+    demo = _write_demo(tmp_path / "demo")
+    (demo / "arms" / "dfad-bn" / "run.json").write_text(json.dumps({"real_data": [TRAINING]}))
+    assert "no real image" not in _page([demo], tmp_path / "report.html").text
+
+
+def test_the_page_holds_everything_in_itself(tmp_path: Path) -> None:
+    demo = _write_demo(tmp_path / "demo")
+    target = write_report([demo], tmp_path / "report.html")
+    html = target.read_text(encoding="utf-8")
+    page = _Page(html)
+    assert not {"script", "link", "iframe", "object", "use"} & {tag for tag, _ in page.tags}
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "xlink:href", "srcset"):
+            address = attributes.get(name)
+            assert address is None or address.startswith(("data:image/png;base64,", "#")), tag
+    assert "@import" not in html and "url(" not in html and "http://" not in html
+    samples = (demo / "samples.png").read_bytes()
+    assert base64.b64encode(samples).decode() in html
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_untrusted_text_is_escaped(tmp_path: Path) -> None:
+    demo = _write_demo(tmp_path / "demo")
+    summary = json.loads((demo / "summary.json").read_text())
+    summary |= {"method": HOSTILE, "device": HOSTILE, "metric": "accuracy",
+                "diagnosis": [{"code": HOSTILE, "level": HOSTILE, "message": HOSTILE,
+                               "knob": HOSTILE}],
+                "real_data": [{**TRAINING, "name": HOSTILE, "by": HOSTILE, "purpose": HOSTILE,
+                               "fingerprint": HOSTILE}]}  # fmt: skip
+    for item in summary["arm_details"]:
+        item["title"] = HOSTILE
+    (demo / "summary.json").write_text(json.dumps(summary))
+    (demo / "recipe.yaml").write_text(f"a: {HOSTILE}\n")
+    (demo / "run.json").write_text(json.dumps({"command": HOSTILE, "versions": {HOSTILE: HOSTILE}}))
+    line = {"kind": "step", "step": 1, "role": HOSTILE, "terms": {HOSTILE: 1.0, "b": 2.0}}
+    (demo / "arms" / "dfad-bn" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    for folders in ([demo], [demo, _write_run(tmp_path / HOSTILE.replace("/", ""))]):
+        html = write_report(folders, tmp_path / "report.html").read_text(encoding="utf-8")
+        assert "<script" not in html.lower() and "&lt;script&gt;" in html
+        _Page(html)
+
+
+def test_an_arm_named_like_a_tag_is_listed(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run", arms={"<script>": 0.5})
+    html = write_report([run], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "&lt;script&gt;" in html and "<script>" not in html
+
+
+@pytest.mark.parametrize(
+    "name", ["summary.json", "run.json", "recipe.yaml", "metrics.jsonl", "samples.png"]
+)
+def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    run = _write_run(tmp_path / "run")
+    (run / name).unlink()
+    assert f"{name} is missing." in _page([run], tmp_path / "report.html").text
+
+
+@pytest.mark.parametrize("name", ["summary.json", "run.json", "metrics.jsonl", "samples.png"])
+def test_a_file_that_was_cut_off_is_named(tmp_path: Path, name: str) -> None:
+    run = _write_run(tmp_path / "run")
+    (run / name).write_bytes((run / name).read_bytes()[:-9])
+    assert re.search(f"{name}.*cut off", _page([run], tmp_path / "report.html").text)
+
+
+def test_a_truncated_last_line_costs_only_that_line(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run")
+    whole = read_run(run).metrics
+    (run / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes()[:-9])
+    found = read_run(run)
+    assert found.metrics == whole[:-1]
+    assert found.notes == [
+        f"metrics.jsonl: 1 line is damaged or cut off; {len(whole) - 1} were read."
+    ]
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"[]", b"\xff\xfe\x00", b"[" * 100_000])
+def test_any_bytes_in_any_file_still_give_a_page(tmp_path: Path, content: bytes) -> None:
+    run = _write_run(tmp_path / "run")
+    for name in ("summary.json", "run.json", "recipe.yaml", "metrics.jsonl", "samples.png"):
+        (run / name).write_bytes(content)
+    assert "not complete" in _page([run], tmp_path / "report.html").text
+
+
+def test_wrong_types_everywhere_still_give_a_page(tmp_path: Path) -> None:
+    for index, wrong in enumerate([None, 3, "x", [1], {"a": [1]}, True, float("nan"), "\ud800"]):
+        run = _write_run(tmp_path / f"run{index}")
+        for name in ("summary.json", "run.json"):
+            keys = [*json.loads((run / name).read_text()), "arm_details"]
+            (run / name).write_text(json.dumps(dict.fromkeys(keys, wrong)))
+        lines = [dict.fromkeys(line, wrong) | {"kind": line["kind"]} for line in _lines(0.5)] + [
+            {"kind": "round", "round": 1, "classes": [wrong, wrong], "agreement": wrong}
+        ]
+        (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        _page([run], tmp_path / "report.html")
+
+
+def test_empty_and_absent_folders_still_give_a_page(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    page = _page([tmp_path / "empty", tmp_path / "absent"], tmp_path / "report.html")
+    assert "The folder does not exist." in page.text and "summary.json is missing." in page.text
+    assert "no summary yet" in page.text and "no real image" not in page.text
+    with pytest.raises(ValueError, match="expected at least one"):
+        write_report([], tmp_path / "report.html")
+
+
+def test_nan_is_left_out_of_the_charts_and_said(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run")
+    text = (run / "metrics.jsonl").read_text().replace('"bn": 2.0', '"bn": NaN', 2)
+    (run / "metrics.jsonl").write_text(text.replace('"bn": 2.0', '"bn": null', 1))
+    summary = json.loads((run / "summary.json").read_text())
+    summary["student"]["score"] = float("nan")
+    (run / "summary.json").write_text(json.dumps(summary))
+    html = write_report([run], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "no score yet" in html
+    assert html.count('class="broken"') == 3 and "values were not finite" in html
+    assert not re.search(r'(?:[ "ML])(nan|inf)\b', html)
+
+
+def test_rounds_where_something_was_not_measured_are_no_mistake(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run")
+    text = (run / "metrics.jsonl").read_text()
+    text = text.replace('"train_eval_agreement": 0.9', '"train_eval_agreement": null', 3)
+    (run / "metrics.jsonl").write_text(text)
+    html = write_report([run], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "not finite" not in html
+
+
+def test_steps_repeated_after_a_resume_count_once(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run")
+    before = write_report([run], tmp_path / "a.html").read_text(encoding="utf-8")
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(text + text)
+    assert write_report([run], tmp_path / "b.html").read_text(encoding="utf-8") == before
+
+
+def test_several_folders_are_compared(tmp_path: Path) -> None:
+    folders = [
+        _write_run(tmp_path / "a" / "cmi", score=0.9123),
+        _write_run(tmp_path / "b" / "cmi", score=0.8456),
+        _write_demo(tmp_path / "demo"),
+    ]
+    page = _page(folders, tmp_path / "report.html")
+    assert "3 runs side by side, by test accuracy" in page.text
+    assert "cmi (1)" in page.text and "cmi (2)" in page.text
+    assert {(0.9123, "91.2 %"), (0.8456, "84.6 %"), (0.9683, "96.8 %")} <= set(page.numbers)
+    anchors = {attributes.get("id") for _, attributes in page.tags}
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert {f"#run-{index}" for index in range(3)} <= set(links)
+    assert {str(link)[1:] for link in links} <= anchors
+
+
+def test_a_folder_as_target_gets_the_usual_name(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run")
+    assert write_report([run], run) == run / "report.html"
+
+
+def _printed(table: Any) -> str:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
+
+
+def test_terminal_tables_hold_the_same_numbers(tmp_path: Path) -> None:
+    demo = _write_demo(tmp_path / "demo")
+    summary = json.loads((demo / "summary.json").read_text())
+    text = _printed(arms_table(summary))
+    for needed in ("96.8 %", "96.3 %", "27.4", "1,437", "teacher 99.4 %, 24.1k parameters"):
+        assert needed in text
+    assert [row.name for row in arm_rows(summary)] == ["noise", "dfad-bn", "real"]
+    single = _printed(result_table(summary))
+    assert "115,200" in single and "digits/train" in single and "3.6k" in single
+
+
+def test_terminal_tables_take_names_literally_and_an_empty_summary() -> None:
+    text = _printed(arms_table({"metric": "accuracy", "arms": {"[red]x[/nope]": 0.5}}))
+    assert "[red]x[/nope]" in text and "50.0 %" in text
+    _printed(result_table({}))
+
+
+def test_sizes_are_short() -> None:
+    assert [format_size(value) for value in (812, 3626, 24000, 11_173_962, 138e6)] == [
+        "812", "3.6k", "24k", "11.2M", "138M",
+    ]  # fmt: skip
