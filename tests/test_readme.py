@@ -51,9 +51,13 @@ def test_pip_commands_install_the_library(command, tmp_path):
     where = ROOT
     if ".whl" in command:
         where = tmp_path
-        execute(f"{sys.executable} -m build --wheel --no-isolation --outdir {tmp_path} {ROOT}", ROOT)
+        execute(
+            f"{sys.executable} -m build --wheel --no-isolation --outdir {tmp_path} {ROOT}", ROOT
+        )
     # What it depends on is there already; without isolation nothing has to be fetched.
-    execute(f"{sys.executable} -m {command} --no-deps --no-build-isolation -q --target {out}", where)
+    execute(
+        f"{sys.executable} -m {command} --no-deps --no-build-isolation -q --target {out}", where
+    )
     assert (out / "vestige" / "recipes" / "demo.yaml").is_file()
 
 

@@ -77,7 +77,7 @@ def results(**arms: list[float]) -> dict[str, Any]:
 RECIPES = {"case": SimpleNamespace(baseline="noise", reference="real")}
 
 
-def judge(statement: Statement, found: dict[str, Any], *, partial: bool = False) -> tuple[str, str]:
+def judge(statement: Statement, found: dict[str, Any], *, partial: str = "") -> tuple[str, str]:
     told = claims._judge(statement, RECIPES, found, partial=partial)
     assert told["claim"] == statement.claim
     return told["verdict"], told["failures"]
@@ -89,7 +89,7 @@ def test_a_claim_holds_if_every_rule_holds_on_every_seed():
     )
     found = results(a=[0.6, 0.7], noise=[0.4, 0.5], real=[0.7, 0.7])
     assert judge(statement, found) == ("holds", "")
-    assert judge(statement, found, partial=True) == ("not shown", "not all arms ran")
+    assert judge(statement, found, partial="not all arms ran") == ("not shown", "not all arms ran")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_every_case_must_hold():
     found["other"] = results(a=[0.2], noise=[0.1])["case"]
     recipes = {**RECIPES, "other": RECIPES["case"]}
     told = claims._judge(
-        Statement(claim="c", arm="a", points_above={"noise": 0.5}), recipes, found, partial=False
+        Statement(claim="c", arm="a", points_above={"noise": 0.5}), recipes, found, partial=""
     )
     assert told["verdict"] == "does not hold"
     assert told["failures"] == "other, seed number 0: 10.0 points above noise"
@@ -202,7 +202,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 
 def measure(folder: Path, **given: Any) -> dict[str, Any]:
-    values = {"seeds": range(2), "out": folder / "out", "cells": folder / "cells", **given}
+    values = {"seeds": range(3), "out": folder / "out", "cells": folder / "cells", **given}
     path = run_claim("tiny", echo=lambda line: None, **values)
     assert path == folder / "out/tiny.json"
     return json.loads(path.read_text())
@@ -211,11 +211,11 @@ def measure(folder: Path, **given: Any) -> dict[str, Any]:
 def test_a_claim_is_measured_once_and_goes_on_where_it_stopped(tiny, runs):
     first = measure(tiny)
     check_document(first)
-    assert runs == [(arm, seed) for arm in ("dfad-bn", "noise", "real") for seed in (0, 1)]
+    assert runs == [(arm, seed) for arm in ("dfad-bn", "noise", "real") for seed in (0, 1, 2)]
     assert set(first["arms"]) == {"digits/dfad-bn", "digits/noise", "digits/real"}
     assert (first["claim"], first["verdict"]) == ("Impossible.", "does not hold")
     assert first["further_claims"][0]["verdict"] == "holds"
-    assert (first["seeds"], first["tried"], first["data"]) == ([0, 1], ["nothing"], "digits")
+    assert (first["seeds"], first["tried"], first["data"]) == ([0, 1, 2], ["nothing"], "digits")
     assert first["arms"]["digits/dfad-bn"]["images"] == first["arms"]["digits/noise"]["images"] + 2
     assert first["arms"]["digits/real"]["images"] == 0
 
@@ -223,11 +223,16 @@ def test_a_claim_is_measured_once_and_goes_on_where_it_stopped(tiny, runs):
     assert measure(tiny) == first
     assert runs == []
 
-    third = measure(tiny, seeds=range(3))
-    assert {seed for _, seed in runs} == {2}
-    assert [third["arms"][a]["scores"][:2] for a in third["arms"]] == [
+    more = measure(tiny, seeds=range(4))
+    assert {seed for _, seed in runs} == {3}
+    assert [more["arms"][a]["scores"][:3] for a in more["arms"]] == [
         first["arms"][a]["scores"] for a in first["arms"]
     ]
+
+
+def test_two_seeds_show_nothing(tiny):
+    found = measure(tiny, seeds=range(2))
+    assert (found["verdict"], found["failures"]) == ("not shown", "2 seeds ran, 3 are needed")
 
 
 def test_a_cell_that_was_interrupted_is_run_to_its_end(tiny, runs):
@@ -335,7 +340,7 @@ def test_committed_verdicts_follow_from_the_committed_scores(path):
     }
     told = [document, *document["further_claims"]]
     for statement, published in zip(definition.claims, told, strict=True):
-        again = claims._judge(statement, recipes, found, partial=False)
+        again = claims._judge(statement, recipes, found, partial="")
         assert published["verdict"] == again["verdict"]
 
 

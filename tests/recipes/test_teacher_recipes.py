@@ -21,7 +21,7 @@ from vestige.recipes.teacher import (
 from vestige.tasks.classification import Classification
 from vestige.teachers.loading import builtin_card, fingerprint, load_teacher, read_card
 
-SHIPPED = ["digits-convnet", "fashion-mnist-convnet", "mnist-convnet"]
+SHIPPED = ["digits-convnet", "fashion-mnist-convnet", "mnist-convnet", "mnist-lenet5"]
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_builtin_teacher_can_be_made_again(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_mnist_teacher_reaches_its_figure() -> None:
     try:
-        _, card = train_teacher(load_teacher_recipe("mnist-convnet"), None)
+        _, card = train_teacher(load_teacher_recipe("mnist-convnet", "mnist-lenet5"), None)
     except DataError as error:
         pytest.skip(str(error))
     assert card.accuracy >= 0.985

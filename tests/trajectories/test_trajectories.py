@@ -1,7 +1,7 @@
 """Saved loss curves: the first 50 steps of each method, on the CPU in float32.
 
-After a change that is meant to move them: `python tests/trajectories/test_trajectories.py` writes them
-anew, and the commit says why they moved.
+A change that is meant to move them runs `python tests/trajectories/test_trajectories.py`, which
+writes them anew, and its commit says why they moved.
 """
 
 import json

@@ -23,6 +23,7 @@ from vestige.training.files import write_json
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
+_LEAST_SEEDS = 3
 
 
 class _Strict(BaseModel):
@@ -133,8 +134,17 @@ def run_claim(
             for arm in wanted
         }
     path = out / f"{name}.json"
-    write_json(path, _document(name, definition, recipes, results, seeds, partial=arms is not None))
+    write_json(
+        path, _document(name, definition, recipes, results, seeds, partial=_partial(seeds, arms))
+    )
     return path
+
+
+def _partial(seeds: Sequence[int], arms: Sequence[str] | None) -> str:
+    """Why nothing can be judged, "" if it can."""
+    if arms is not None:
+        return "not all arms ran"
+    return f"{len(seeds)} seeds ran, 3 are needed" if len(seeds) < _LEAST_SEEDS else ""
 
 
 def _cell(
@@ -165,7 +175,7 @@ def _document(
     results: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]],
     seeds: Sequence[int],
     *,
-    partial: bool,
+    partial: str,
 ) -> dict[str, Any]:
     judged = [_judge(claim, recipes, results, partial=partial) for claim in definition.claims]
     first = next(iter(next(iter(results.values())).values()))[0]
@@ -227,11 +237,11 @@ def _judge(
     recipes: Mapping[str, Recipe],
     results: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]],
     *,
-    partial: bool,
+    partial: str,
 ) -> dict[str, str]:
     """The verdict, and which rules fail where."""
     if partial:
-        return {"claim": statement.claim, "verdict": "not shown", "failures": "not all arms ran"}
+        return {"claim": statement.claim, "verdict": "not shown", "failures": partial}
     failures = []
     for case, by_arm in results.items():
         if statement.cases and case not in statement.cases:

@@ -283,9 +283,8 @@ def validate(raw: Mapping[str, Any]) -> Recipe:
     problems.extend(_network_problems(raw))
     if recipe is not None:
         problems.extend(_requirement_problems(recipe))
-    if problems:
+    if problems or recipe is None:
         raise RecipeError(_listed(problems))
-    assert recipe is not None
     return recipe
 
 

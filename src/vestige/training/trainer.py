@@ -52,7 +52,7 @@ class TrainerConfig(BaseModel):
     log_every: int = Field(10, ge=1)
     evaluate_every: int = Field(1, ge=1)
     checkpoint_every: int = Field(1, ge=1)
-    minutes: float | None = Field(None, gt=0)
+    minutes: float | None = Field(None, gt=0, allow_inf_nan=False)
     max_steps: int | None = Field(None, ge=1)
 
 
