@@ -334,7 +334,7 @@ def test_dense_answers_are_many_answers(tiny_student):
 def test_dense_prediction_runs_and_learns_in_one_file(tiny_student):
     torch.manual_seed(3)
     teacher, student = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(1, 3, 3, padding=1)
-    method = make(teacher, student, Dense(), iterations=20, student_lr=0.05)
+    method = make(teacher, student, Dense(), iterations=15, student_lr=0.05)
     losses = [step.loss.total.item() for step in run(method) if step.role == "student"]
     # The student has the teacher's form, so it can agree; a tenth is far from chance.
     assert np.mean(losses[-10:]) < 0.1 * np.mean(losses[:3])
@@ -424,7 +424,7 @@ def test_options_leave_the_students_loss_alone(tiny_teacher, tiny_student):
 
 def test_the_statistics_term_pulls_fakes_to_the_teachers_statistics(tiny_teacher, tiny_student):
     def distance(weight: float) -> float:
-        settings = {"iterations": 40, "student_steps": 1, "generator_lr": 1e-2}
+        settings = {"iterations": 30, "student_steps": 1, "generator_lr": 1e-2}
         method = make(tiny_teacher, copy.deepcopy(tiny_student), bn_weight=weight, **settings)
         run(method)
         measured = make(tiny_teacher, tiny_student, bn_weight=1)

@@ -145,7 +145,7 @@ def test_inputs_come_from_the_source_and_nowhere_else(tiny_teacher, tiny_student
 
 def test_it_learns_what_the_inputs_show(tiny_teacher, tiny_student):
     method = make(
-        WhiteBoxTeacher(tiny_teacher), tiny_student, rounds=4, iterations=60, batch_size=32
+        WhiteBoxTeacher(tiny_teacher), tiny_student, rounds=4, iterations=40, batch_size=32
     )
     inputs = torch.randn(256, 1, 8, 8)
 

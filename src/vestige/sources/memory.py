@@ -31,16 +31,18 @@ class RingMemory:
         rows = rows.detach()[-self.capacity :]
         if self._rows is None:
             self._rows = rows.new_zeros((self.capacity, *rows.shape[1:]))
+        # A checkpoint is read back to the CPU, whatever the device it was written from.
+        self._rows = self._rows.to(rows.device)
         where = (torch.arange(len(rows), device=rows.device) + self._pushed) % self.capacity
         self._rows[where] = rows
         self._pushed += len(rows)
 
     def draw(self, count: int, rng: torch.Generator) -> Tensor:
-        """`count` rows, uniformly with replacement from the valid ones."""
+        """`count` rows on the device of `rng`, uniformly with replacement from the valid ones."""
         if self._rows is None:
             raise ContractError("an empty memory was drawn from; push first")
         index = torch.randint(len(self), (count,), generator=rng, device=rng.device)
-        return self._rows[index.to(self._rows.device)]
+        return self._rows[index.to(self._rows.device)].to(rng.device)
 
     def state_dict(self) -> Mapping[str, Any]:
         """All rows and the number pushed so far."""

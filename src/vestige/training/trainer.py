@@ -384,7 +384,8 @@ class Trainer:
         if not self._samples:
             return None
         inputs, classes = zip(*self._samples, strict=True)
-        return torch.cat(inputs), torch.cat(classes)
+        # Those of an earlier part of the run were read back to the CPU.
+        return torch.cat([x.cpu() for x in inputs]), torch.cat([x.cpu() for x in classes])
 
     # State
 
