@@ -534,3 +534,37 @@ def test_both_rates_follow_the_schedule_at_round_ends(tiny_teacher, tiny_student
     for done, factor in enumerate(factors):
         assert len(used[done]) == 1, "a rate moved within a round"
         assert next(iter(used[done])) == pytest.approx((0.1 * factor, 1e-3 * factor))
+
+
+@pytest.mark.parametrize(("mean", "std"), [((0.5,), (0.5,)), ((0.3,), (0.2,))])
+def test_generator_b_makes_inputs_of_whatever_statistics_the_teacher_has(tiny_student, mean, std):
+    spec = InputSpec.image(1, 16, 16, mean=mean, std=std)
+    teacher = WhiteBoxTeacher(build_model("convnet", spec, 3, widths=(4, 4)))
+    cfg = DFADConfig(generator="dcgan", generator_width=4, latent_dim=8, batch_size=8)
+    method = DFAD(cfg, Classification(spec, 3), [teacher], tiny_student, {})
+    made = method.generator(torch.randn(8, 8))
+    inputs = method.as_inputs(made)
+    # [-1, 1] stands for images in [0, 1]; for mean and std 0.5 the output is the input as it is.
+    torch.testing.assert_close(spec.denormalize(inputs), (made + 1) / 2)
+    if mean == (0.5,):
+        torch.testing.assert_close(inputs, made)
+
+
+def test_only_fresh_fakes_enter_the_memory(tiny_teacher, tiny_student):
+    method = make(tiny_teacher, tiny_student, rounds=1, iterations=3, batch_size=8, replay=0.5)
+    fresh = []
+    inner = method.fakes
+
+    def recorded(ctx):
+        made, batch = inner(ctx)
+        fresh.append(made)
+        return made, batch
+
+    method.fakes = recorded
+    run(method)
+    last = fresh[method.cfg.student_steps - 1 :: method.cfg.student_steps]
+    # The first batch is all fresh, because there is nothing yet to replay.
+    assert [len(made) for made in last] == [8, 4, 4]
+    kept = method.memory.state_dict()
+    assert kept["pushed"] == sum(len(made) for made in last)
+    torch.testing.assert_close(kept["rows"][: kept["pushed"]], torch.cat(last))

@@ -35,7 +35,10 @@ def main(arguments: list[str] | None = None) -> None:
         VestigeError,
     )
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    # The trainer's are shown beside the progress bar, with the name of the arm.
+    handler.addFilter(lambda record: record.name != "vestige.training.trainer")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("vestige").setLevel(logging.INFO)
     try:
         app(args=arguments, prog_name="vestige", standalone_mode=True)

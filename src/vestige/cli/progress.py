@@ -62,7 +62,7 @@ class RunProgress:
         return (self._follow(arm),)
 
     def _follow(self, arm: str) -> "Callable[[Event], None]":
-        task = self._progress.add_task(arm, total=1.0, note="")
+        task = self._progress.add_task(arm, total=1.0, note="", visible=False, start=False)
         index = self._arms.index(arm)
         position = {"step": 0, "share": 0.0, "next": 0.0, "steps": 0}
 
@@ -73,6 +73,9 @@ class RunProgress:
         def follow(event: "Event") -> None:
             data = event.data
             if event.kind == "start":
+                # Not before: what is wrong with a request is told without a bar above it.
+                self._progress.start_task(task)
+                self._progress.update(task, visible=True)
                 position["step"] = data["step"]
             elif event.kind == "round":
                 position["steps"] = data["step"] - position["step"]

@@ -47,11 +47,12 @@ class Registry:
         foreign = self._entry_points()
         if name in foreign:
             return foreign[name].load()
-        near = difflib.get_close_matches(name, self.names(), 1)
+        known = self.names()
+        near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
+        expected = f"expected one of {', '.join(known)}" if known else "but none is installed"
         raise RecipeError(
-            f"got {self.kind} {name!r}, expected one of {', '.join(self.names())}; "
-            f"{hint}See 'vestige list {self.kind}s'."
+            f"got {self.kind} {name!r}, {expected}; {hint}See 'vestige list {self.kind}s'."
         )
 
     def _modules(self) -> dict[str, str]:

@@ -68,8 +68,8 @@ class DFADConfig(BaseModel):
             the statistics of the teacher's training data, too high makes them all alike.
         balance_weight: of the class-balance term in G's loss. 0 (paper). Higher spreads a batch
             over the classes.
-        replay: share of the student's batch taken from earlier fakes, in [0, 1). 0 (paper). Higher
-            forgets less and sees fewer new fakes.
+        replay: share of the student's batch taken from earlier fakes, in [0, 1), at least one row
+            if above 0. 0 (paper). Higher forgets less and sees fewer new fakes.
         replay_size: earlier fakes kept. 4096, our choice: 16 batches of 256.
     """
 
@@ -150,12 +150,12 @@ class DFAD:
         for _ in ctx.rounds("distill", cfg.rounds):
             for _ in range(cfg.iterations):
                 for _ in range(cfg.student_steps):
-                    batch = Batch(inputs=self.fakes(ctx))
+                    fresh, batch = self.fakes(ctx)
                     yield ctx.update(
                         "student", self.student, self.imitation, batch, student_optimizer
                     )
-                if cfg.replay and batch.inputs is not None:
-                    self.memory.push(batch.inputs)
+                if cfg.replay:
+                    self.memory.push(fresh)
                 latent = self.latent(cfg.batch_size, ctx)
                 yield ctx.update(
                     "source",
@@ -194,14 +194,15 @@ class DFAD:
         return Loss(terms, total, inputs, teacher, answer)
 
     @torch.no_grad()
-    def fakes(self, ctx: Context) -> Tensor:
-        """A batch for the student: fresh fakes, and earlier ones if `replay` asks for them."""
+    def fakes(self, ctx: Context) -> tuple[Tensor, Batch]:
+        """Fresh fakes, and a batch of them for the student, with earlier ones if `replay` asks."""
         cfg = self.cfg
-        replayed = int(cfg.replay * cfg.batch_size) if len(self.memory) else 0
+        wanted = min(cfg.batch_size - 1, max(1, round(cfg.replay * cfg.batch_size)))
+        replayed = wanted if cfg.replay and len(self.memory) else 0
         fresh = self.as_inputs(self.generator(self.latent(cfg.batch_size - replayed, ctx)))
         if not replayed:
-            return fresh
-        return torch.cat([fresh, self.memory.draw(replayed, ctx.rng)])
+            return fresh, Batch(fresh)
+        return fresh, Batch(torch.cat([fresh, self.memory.draw(replayed, ctx.rng)]))
 
     def as_inputs(self, made: Tensor) -> Tensor:
         """The generator's output in the teacher's normalised space; differentiable."""

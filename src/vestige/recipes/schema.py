@@ -214,7 +214,7 @@ def read_yaml(name_or_path: str | Path) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise RecipeError(
             f"got recipe {_short(str(name_or_path))}, expected a file or one of {', '.join(known)}"
-            f"{_near(str(name_or_path), list(known))}"
+            f"{_near(str(name_or_path), list(known), listed=False)}"
         )
     if path.stat().st_size > _LARGEST:
         raise RecipeError(

@@ -175,8 +175,9 @@ class Trainer:
                 for _, part in self._all_parts():
                     if isinstance(part, nn.Module):
                         part.to(self.device)
-                for plugin in self.plugins.values():
-                    plugin.setup(self.task, self.teachers, self._student(), self.ctx)
+            for plugin in self.plugins.values():
+                plugin.setup(self.task, self.teachers, self._student(), self.ctx)
+            with guard.pausing():
                 self._tell("start", resumed=self._saved is not None, step=self._checkpoint_step)
             for step in self.method.run(self.ctx):
                 self._after_step(step)
@@ -258,6 +259,18 @@ class Trainer:
             f"learning rates or set a gradient clip. The last checkpoint, at step "
             f"{self._checkpoint_step}, is kept"
         )
+
+    def _check_weights(self, parts: Mapping[str, Any]) -> None:
+        """A finite loss may break weights in its last update; such a state is not kept."""
+        for name, part in parts.items():
+            for weight, values in part.named_parameters() if isinstance(part, nn.Module) else ():
+                if not torch.isfinite(values).all():
+                    raise NonFiniteLossError(
+                        f"weights of {name!r} ({weight}) became NaN or infinite by step "
+                        f"{self.ctx.progress.steps}, expected finite ones; lower the learning "
+                        "rates or set a gradient clip. The last checkpoint, at step "
+                        f"{self._checkpoint_step}, is kept"
+                    )
 
     # Between rounds
 
@@ -429,6 +442,7 @@ class Trainer:
         if self._store is None:
             return
         parts = dict(self._all_parts())
+        self._check_weights(parts)
         state = {
             "identity": self.identity,
             "number": self._number,
@@ -489,8 +503,7 @@ class Trainer:
         return sum(int(getattr(teacher, "queries", 0)) for teacher in self.teachers)
 
     def _warn(self, message: str) -> None:
-        if not self.callbacks:
-            logger.warning(message)
+        logger.warning(message)
         self._tell("warning", message=message)
 
     def _tell(self, kind: str, **data: Any) -> None:
@@ -523,5 +536,5 @@ def _interruptible(message: Callable[[], Interrupted]) -> Iterator[None]:
     except KeyboardInterrupt as error:
         raise message() from error
     finally:
-        if main:
+        if before is not None:
             signal.signal(signal.SIGTERM, before)
