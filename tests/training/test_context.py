@@ -356,6 +356,17 @@ def test_accumulating_needs_rows(accumulate):
         ctx.update("student", net, squares, batch_of(), optimizer, accumulate=accumulate)
 
 
+def test_a_misspelt_role_does_not_escape_the_plug_ins():
+    ctx, model = context(), linear()
+    optimizer = ctx.optimizer("student", model.parameters(), sgd())
+    before = weights(model)
+    with pytest.raises(ContractError, match="got role 'studnet', expected one of source, student"):
+        ctx.update("studnet", model, squares, batch_of(), optimizer)  # type: ignore[arg-type]
+    with pytest.raises(ContractError, match="got role 'studnet'"):
+        ctx.apply("studnet", {}, optimizer)  # type: ignore[arg-type]
+    assert torch.equal(weights(model), before)
+
+
 def test_an_update_needs_an_optimizer():
     with pytest.raises(ContractError, match="got no optimizer"):
         context().update("student", linear(), squares, batch_of())

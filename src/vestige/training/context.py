@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -214,7 +214,7 @@ class RunContext:
                 optimizers = tuple(plugin.student_optimizers(optimizers))
                 self.called.add(name)
         params = self._params(optimizers)
-        self.roles.add(role)
+        self._took(role)
         if role == "student" and len(batch) == 0:
             return Step(role)
         for parameter in params:
@@ -248,9 +248,15 @@ class RunContext:
             parameter.grad = None
         for parameter, grad in grads.items():
             parameter.grad = grad.detach()
-        self.roles.add(role)
+        self._took(role)
         self._step(params, optimizers, None)
         return Step(role)
+
+    def _took(self, role: Role) -> None:
+        # A misspelt role would silently escape every plug-in.
+        if role not in get_args(Role):
+            raise ContractError(f"got role {role!r}, expected one of {', '.join(get_args(Role))}")
+        self.roles.add(role)
 
     def _backward(
         self,
