@@ -18,7 +18,8 @@ Differs from the paper:
     to class and the student forgets: `bn_weight` (match the teacher's BatchNorm statistics),
     `balance_weight` (spread the batch over the classes), `replay` (mix earlier fakes into the
     student's batch), `student_mode: eval` (no batch statistics of the student for G to exploit).
-    A run that uses one is not DFAD as published and is to be named so.
+    A run that uses one is not DFAD as published and is to be named so. On small networks with
+    BatchNorm only the first mends it (benchmarks/claims/dfad-remedies.json).
 
 Cost per round: `iterations` times: G forward `student_steps` + 1, backward 1; T forward
     `student_steps` + 1, backward to its input 1; S forward `student_steps` + 1, backward
