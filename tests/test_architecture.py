@@ -374,7 +374,7 @@ CASES: list[tuple[Check, dict[str, str], str]] = [
     (rooms_are_known, {"errors.py": "", "core/a.py": "", "__init__.py": ""}, ""),
     (no_real_data, {"methods/a.py": "from vestige.data import images"}, "methods imports data"),
     (no_real_data, {"plugins/a.py": "def f():\n from vestige import data"}, "plugins imports data"),
-    (no_real_data, {"sources/a.py": "from ..data.images import load"}, "sources imports data"),
+    (no_real_data, {"sources/a.py": "from ..data.image import load"}, "sources imports data"),
     (no_real_data, {"recipes/a.py": "from vestige.data import images"}, ""),
     (no_assert, {"core/a.py": "def f(x):\n assert x"}, "core/a.py:2"),
     (no_assert, {"core/a.py": "'assert'"}, ""),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import vestige
 from vestige.core import seeding
 from vestige.core.types import InputSpec
-from vestige.data.images import load_images, to_inputs
+from vestige.data.image import load_images, to_inputs
 from vestige.errors import DataError
 from vestige.sources.noise import NoiseSource
 from vestige.tasks.classification import Classification

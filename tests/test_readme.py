@@ -70,7 +70,7 @@ def test_the_example_in_python_trains_a_student(tmp_path, monkeypatch):
     exec(example, names)
     import torch
 
-    from vestige.data.images import load_images, to_inputs
+    from vestige.data.image import load_images, to_inputs
     from vestige.tasks.classification import Classification
 
     test, spec, report = load_images("digits", "test"), names["spec"], names["report"]

@@ -10,15 +10,14 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from vestige.core.protocols import Source
+from vestige.core.protocols import Source, Task
 from vestige.core.types import InputSpec, Requires, count_parameters
 from vestige.errors import RecipeError, ShapeError, TeacherError
 from vestige.recipes.build import build_method, build_plugins
-from vestige.recipes.catalog import METHODS, describe_methods
+from vestige.recipes.catalog import METHODS, TASKS, describe_methods
 from vestige.recipes.run import check_folder, record_start
 from vestige.recipes.schema import explain
 from vestige.sources.images import TensorSource
-from vestige.tasks.classification import Classification
 from vestige.teachers.loading import fingerprint, load_teacher
 from vestige.teachers.white_box import WhiteBoxTeacher
 from vestige.training import runtime
@@ -63,6 +62,7 @@ def distill(
     method: str = "dfad",
     spec: InputSpec,
     num_classes: int,
+    task: str = "classification",
     config: Mapping[str, Any] | None = None,
     plugins: Sequence[str | tuple[str, Mapping[str, Any]]] = (),
     evaluate: tuple[Tensor, Tensor] | Evaluate | None = None,
@@ -83,6 +83,7 @@ def distill(
         method: a name of `list_methods`.
         spec: of one input of the teacher.
         num_classes: K, number of logits.
+        task: what an input is and how an answer is judged.
         config: settings of the method; what is left out has the method's default.
         plugins: names, or (name, settings), outermost first.
         evaluate: (inputs, labels) in the teacher's normalised space, a callable from the student
@@ -113,21 +114,21 @@ def distill(
     where = runtime.device(device)
     frozen = WhiteBoxTeacher(teacher.to(where))
     student.to(where)
-    task = Classification(spec, num_classes)
-    task.check(teacher)
-    task.check(student)
+    judged: Task = TASKS.get(task)(spec, num_classes)
+    judged.check(teacher)
+    judged.check(student)
     given = {name: _source(name, source, where) for name, source in (sources or {}).items()}
     _check_sources(method, chosen.requires, given)
     listed = [item if isinstance(item, tuple) else (item, {}) for item in plugins]
     named = dict(listed)
     if len(named) < len(listed):
         raise RecipeError(f"plugins: got {[name for name, _ in listed]}; name each one once")
-    judge = _judge(task, evaluate)
-    built = build_method(method, settings, task, [frozen], student, given, seed)
+    judge = _judge(judged, evaluate)
+    built = build_method(method, settings, judged, [frozen], student, given, seed)
     weights = fingerprint(teacher)
     trainer = Trainer(
         built,
-        task,
+        judged,
         teachers=[frozen],
         student=student,
         plugins=build_plugins(named, chosen),
@@ -138,6 +139,7 @@ def distill(
         config=_trainer_config(budget or {}, device),
         identity={
             "method": method,
+            "task": task,
             "config": settings.model_dump(mode="json"),
             "input": [spec.kind, list(spec.shape), list(spec.mean), list(spec.std)],
             "num_classes": num_classes,
@@ -148,7 +150,7 @@ def distill(
     facts = RunFacts(
         method=method,
         plugins=tuple(named),
-        teacher_score=None if judge is None else float(judge(teacher)[task.metric]),
+        teacher_score=None if judge is None else float(judge(teacher)[judged.metric]),
         teacher_parameters=count_parameters(teacher),
         teacher_fingerprint=weights,
         real_data=_real_data(evaluate, given),
@@ -164,10 +166,10 @@ def distill(
     if folder is not None:
         record_start(trainer, folder, facts)
     outcome = trainer.run(resume=resume)
-    summary = summarize(facts, outcome, task, student, where)
+    summary = summarize(facts, outcome, judged, student, where)
     if folder is not None:
         write_student(folder, student, facts.student_card)
-        write_samples(folder, outcome, task, ())
+        write_samples(folder, outcome, judged, ())
         write_json(folder / "summary.json", summary)
         write_report([folder], folder / "report.html")
     return DistillReport(
@@ -223,9 +225,7 @@ def _check_sources(method: str, requires: Requires, given: Mapping[str, Source])
         )
 
 
-def _judge(
-    task: Classification, evaluate: tuple[Tensor, Tensor] | Evaluate | None
-) -> Evaluate | None:
+def _judge(task: Task, evaluate: tuple[Tensor, Tensor] | Evaluate | None) -> Evaluate | None:
     if evaluate is None or callable(evaluate):
         return _checked(task, evaluate) if callable(evaluate) else None
     inputs, labels = evaluate
@@ -234,7 +234,7 @@ def _judge(
     return lambda model: task.evaluate(model, (inputs, labels))
 
 
-def _checked(task: Classification, evaluate: Evaluate) -> Evaluate:
+def _checked(task: Task, evaluate: Evaluate) -> Evaluate:
     def judge(model: nn.Module) -> Mapping[str, float]:
         scores = evaluate(model)
         if task.metric not in scores:

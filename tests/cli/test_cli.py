@@ -16,7 +16,7 @@ import yaml
 from typer.testing import CliRunner
 
 from vestige.cli import main as cli
-from vestige.data.images import BUILT_IN
+from vestige.data.image import BUILT_IN
 from vestige.recipes.catalog import METHODS, shipped
 from vestige.recipes.schema import load_recipe
 

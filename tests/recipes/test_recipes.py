@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from vestige.core.types import count_parameters
-from vestige.data.images import BUILT_IN, load_images
+from vestige.data.image import BUILT_IN, load_images
 from vestige.errors import DataError, RecipeError, ShapeError
 from vestige.models.factory import build_model
 from vestige.recipes import catalog, schema
@@ -141,7 +141,7 @@ def test_every_preset_runs_one_round_at_batch_2(
         put_in_cache(raw.teacher.removeprefix("recipe:"), cache)
     if raw.data != BUILT_IN:
         # Judging 10,000 images by two ResNets takes minutes; 64 go the same way.
-        monkeypatch.setattr("vestige.recipes.build.load_images", _few_images)
+        monkeypatch.setattr("vestige.data.image.load_images", _few_images)
     recipe = load_recipe(name, preset=preset or None, overrides=overrides)
     for arm in [None, *recipe.arms]:
         run = recipe if arm is None else recipe.arm(arm)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from vestige.core.types import InputSpec, Result
-from vestige.data.images import load_images, to_inputs
+from vestige.data.image import load_images, to_inputs
 from vestige.errors import CheckpointError, RecipeError
 from vestige.models.factory import build_model
 from vestige.recipes.build import build

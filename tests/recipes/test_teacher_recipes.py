@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from vestige.core.types import InputSpec
-from vestige.data.images import channel_statistics, load_images, to_inputs
+from vestige.data.image import channel_statistics, load_images, to_inputs
 from vestige.errors import DataError, RecipeError
 from vestige.recipes import teacher as teacher_module
 from vestige.recipes.teacher import (

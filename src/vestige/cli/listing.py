@@ -91,7 +91,7 @@ def _recipes() -> list[dict[str, Any]]:
 
 
 def _data() -> list[dict[str, Any]]:
-    from vestige.data.images import list_images
+    from vestige.data.image import list_images
 
     return [
         {"name": name, "where": where, "splits": dict(splits)}

@@ -76,13 +76,44 @@ class Source(Protocol):
         ...
 
 
+class DataSet(Protocol):
+    """One split of real data for inputs of one kind, opened by `recipes` alone.
+
+    The module `data/<kind>.py` holds the one for inputs of that `InputSpec.kind`.
+    """
+
+    name: str
+    split: str
+    classes: tuple[str, ...]
+    fingerprint: str
+
+    @classmethod
+    def open(cls, name: str, split: str) -> "DataSet":
+        """Read the split "train", "select" or "test" of a set by name or folder."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def inputs(self, spec: InputSpec) -> Tensor:
+        """All inputs in the teacher's normalised space, for a source."""
+        ...
+
+    def examples(self, spec: InputSpec) -> Any:
+        """Inputs with the truth, as the task's `evaluate` takes them."""
+        ...
+
+
 class Task(Protocol):
-    """What an input is and how an answer is judged."""
+    """What an input is and how an answer is judged; made from an `InputSpec` and a class count."""
 
     kind: str
     spec: InputSpec
     num_classes: int
     metric: str
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ShapeError if `model` cannot take such inputs or answers in another shape."""
+        ...
 
     def evaluate(self, model: nn.Module, data: Any) -> Mapping[str, float]:
         """Metrics of `model` on `data`, `metric` among them; restores the training flags."""

@@ -267,6 +267,7 @@ class Requires:
         optional_sources: names of the input sources that may be handed in.
         extras: optional packages, as named in the project's extras.
         teachers: smallest and largest number of teachers.
+        student: whether it trains a student; where not, it is handed None.
         closed_to: names of plug-ins that cannot work on it.
     """
 
@@ -277,6 +278,7 @@ class Requires:
     optional_sources: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
     teachers: tuple[int, int] = (1, 1)
+    student: bool = True
     closed_to: tuple[str, ...] = ()
 
 

@@ -1,7 +1,7 @@
 """From a recipe to a ready trainer; real data is opened here and nowhere else."""
 
 import datetime
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -12,19 +12,18 @@ from pydantic import ValidationError
 from torch import nn
 
 from vestige.core import seeding
-from vestige.core.protocols import Plugin, Source, Teacher
-from vestige.core.types import InputSpec, Requires, count_parameters
-from vestige.data.images import ImageSet, load_images, to_inputs
+from vestige.core.protocols import DataSet, Plugin, Source, Task, Teacher
+from vestige.core.types import Access, InputSpec, Requires, count_parameters
 from vestige.errors import AccessError, NoBatchNormError, RecipeError, TeacherError
 from vestige.models.factory import build_generator, build_model
 from vestige.models.probes import batchnorm_layers
-from vestige.recipes.catalog import METHODS, PLUGINS
+from vestige.recipes.catalog import DATA, METHODS, PLUGINS, TASKS
 from vestige.recipes.schema import ModelConfig, Recipe, SourceConfig, explain
 from vestige.recipes.teacher import teacher_from_recipe
 from vestige.sources.generator import GeneratorSource
 from vestige.sources.images import TensorSource
 from vestige.sources.noise import NoiseSource
-from vestige.tasks.classification import Classification
+from vestige.teachers.black_box import BlackBoxTeacher
 from vestige.teachers.loading import (
     WEIGHTS_FOLDER,
     builtin_card,
@@ -37,6 +36,8 @@ from vestige.training import guard, runtime
 from vestige.training.summary import RealData, RunFacts
 from vestige.training.tracking import Callback
 from vestige.training.trainer import Trainer
+
+MADE_UP = ("noise", "generator", "synthetic")
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ class Job:
     """A run that is ready to start."""
 
     trainer: Trainer
-    task: Classification
+    task: Task
     facts: RunFacts
     classes: tuple[str, ...]
-    student: nn.Module
+    student: nn.Module | None
 
 
 def build(
@@ -83,38 +84,40 @@ def build(
         TeacherError: the teacher cannot be loaded or lacks what the method needs.
         DataError: a data set is missing.
     """
-    loaded = resolve_teacher(recipe)
     device = runtime.device(recipe.trainer.device)
-    teacher = WhiteBoxTeacher(loaded.module.to(device))
-    task = Classification(loaded.spec, loaded.num_classes)
-    student = build_student(recipe.student, loaded.spec, loaded.num_classes, recipe.seed)
-    student.to(device)
+    loaded = resolve_teachers(recipe)
+    first = loaded[0]
+    spec = first.spec
+    teachers = [_shown(one.module.to(device), recipe) for one in loaded]
+    task = TASKS.get(recipe.task)(spec, recipe.num_classes or first.num_classes)
+    student = None
+    if recipe.student is not None:
+        student = build_student(recipe.student, spec, task.num_classes, recipe.seed).to(device)
     read: list[RealData] = []
     sources = {
-        name: build_source(config, loaded.spec, recipe.seed, device, read, arm or recipe.method)
+        name: build_source(config, spec, recipe.seed, device, read, arm or recipe.method)
         for name, config in recipe.sources.items()
     }
     evaluate, teacher_score = None, None
-    classes = loaded.classes
+    classes = first.classes
     if recipe.data is not None:
-        test = load_images(recipe.data, "test")
+        test = DATA.get(spec.kind).open(recipe.data, "test")
         classes = classes or test.classes
         read.append(_record(test, "real", "evaluation", "evaluation"))
-        data = (to_inputs(test.images, loaded.spec), torch.from_numpy(test.labels))
-        evaluate = _evaluation(task, data)
+        evaluate = _evaluation(task, test.examples(spec))
         # Not through the teacher object, which counts what the method asks of it.
-        teacher_score = task.evaluate(loaded.module, data)[task.metric]
+        teacher_score = evaluate(first.module)[task.metric]
     plugins = build_plugins(
         {plugin.name: plugin.config for plugin in recipe.plugins}, METHODS.get(recipe.method)
     )
     method = build_method(
-        recipe.method, recipe.method_config(), task, [teacher], student, sources, recipe.seed
+        recipe.method, recipe.method_config(), task, teachers, student, sources, recipe.seed
     )
-    weights = fingerprint(loaded.module)
+    weights = ", ".join(fingerprint(one.module) for one in loaded)
     trainer = Trainer(
         method,
         task,
-        teachers=[teacher],
+        teachers=teachers,
         student=student,
         plugins=plugins,
         sources=sources,
@@ -133,22 +136,16 @@ def build(
         method=recipe.method,
         plugins=tuple(plugins),
         teacher_score=teacher_score,
-        teacher_parameters=count_parameters(loaded.module),
+        teacher_parameters=sum(count_parameters(one.module) for one in loaded),
         teacher_fingerprint=weights,
-        teacher_trained_on=loaded.trained_on,
+        teacher_trained_on="; ".join(one.trained_on for one in loaded if one.trained_on),
         real_data=tuple(read),
         seed=recipe.seed,
         recipe_yaml=recipe.to_yaml(),
         student_card={
-            **recipe.student.model_dump(mode="json"),
-            "input": {
-                "channels": loaded.spec.shape[0],
-                "height": loaded.spec.shape[1],
-                "width": loaded.spec.shape[2],
-                "mean": list(loaded.spec.mean),
-                "std": list(loaded.spec.std),
-            },
-            "num_classes": loaded.num_classes,
+            **({} if recipe.student is None else recipe.student.model_dump(mode="json")),
+            "input": _input_card(spec),
+            "num_classes": task.num_classes,
             "classes": list(classes),
         },
         command=command,
@@ -157,10 +154,23 @@ def build(
     return Job(trainer, task, facts, classes, student)
 
 
-def resolve_teacher(recipe: Recipe) -> LoadedTeacher:
-    """The recipe's teacher; what its card says must not contradict the recipe."""
-    teacher = recipe.teacher
+def resolve_teachers(recipe: Recipe) -> list[LoadedTeacher]:
+    """The recipe's teachers; all of them take the same inputs."""
+    loaded = [
+        resolve_teacher(teacher, recipe) for teacher in (recipe.teacher, *recipe.more_teachers)
+    ]
+    for index, one in enumerate(loaded[1:]):
+        if one.spec != loaded[0].spec:
+            raise RecipeError(
+                f"more_teachers.{index}: takes {one.spec}, expected {loaded[0].spec} as the first"
+            )
+    return loaded
+
+
+def resolve_teacher(teacher: str | Mapping[str, Any], recipe: Recipe) -> LoadedTeacher:
+    """One teacher; what its card says must not contradict the recipe."""
     given = None if recipe.input is None else recipe.input.spec()
+    alone = not recipe.more_teachers
     if isinstance(teacher, str) and teacher.startswith(("builtin:", "recipe:")):
         scheme, _, name = teacher.partition(":")
         if scheme == "builtin":
@@ -173,19 +183,36 @@ def resolve_teacher(recipe: Recipe) -> LoadedTeacher:
             raise RecipeError(
                 f"input: got {given}, expected {spec} as {teacher} was trained; leave 'input' out"
             )
-        if recipe.num_classes not in (None, card.num_classes):
+        # Several teachers may know different classes; `num_classes` is then the student's.
+        if alone and recipe.num_classes not in (None, card.num_classes):
             raise RecipeError(
                 f"num_classes: got {recipe.num_classes}, expected {card.num_classes} as {teacher} "
                 "has; leave it out"
             )
         trained_on = f"{card.data}/train, {card.train_fingerprint[:12]}"
         return LoadedTeacher(module, spec, card.num_classes, card.classes, trained_on)
-    if given is None or recipe.num_classes is None:
+    own = dict(teacher) if isinstance(teacher, Mapping) else {}
+    count = own.pop("num_classes", recipe.num_classes)
+    if given is None or count is None:
         raise RecipeError(
             "input and num_classes: a teacher without a card needs both in the recipe; add them"
         )
-    module = load_teacher(teacher, input_spec=given, num_classes=recipe.num_classes)
-    return LoadedTeacher(module, given, recipe.num_classes)
+    module = load_teacher(own or teacher, input_spec=given, num_classes=count)
+    return LoadedTeacher(module, given, count)
+
+
+def _shown(module: nn.Module, recipe: Recipe) -> Teacher:
+    """The teacher as far as the recipe's access level shows it."""
+    if recipe.access is Access.WHITE_BOX:
+        return WhiteBoxTeacher(module)
+    return BlackBoxTeacher(module, access=recipe.access, budget=recipe.query_budget)
+
+
+def _input_card(spec: InputSpec) -> dict[str, Any]:
+    """What `InputConfig` reads again."""
+    sizes = dict(zip(("channels", "height", "width"), spec.shape, strict=False))
+    shape = sizes if spec.kind == "image" else {"kind": spec.kind, "shape": list(spec.shape)}
+    return {**shape, "mean": list(spec.mean), "std": list(spec.std)}
 
 
 def build_student(config: ModelConfig, spec: InputSpec, num_classes: int, seed: int) -> nn.Module:
@@ -193,20 +220,25 @@ def build_student(config: ModelConfig, spec: InputSpec, num_classes: int, seed: 
     with seeding.seeded(seed, "student"):
         if config.name is not None:
             return build_model(config.name, spec, num_classes, **config.args)
-        where, _, attribute = str(config.factory).partition(":")
-        try:
-            made = getattr(import_module(where), attribute)(**config.args)
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            raise RecipeError(
-                f"student.factory: got {config.factory!r}, expected 'package.module:callable' that "
-                f"takes {sorted(config.args) or 'no arguments'}; {error}"
-            ) from error
+        made = _call("student.factory", str(config.factory), config.args)
     if not isinstance(made, nn.Module):
         raise RecipeError(
             f"student.factory: {config.factory!r} made a {type(made).__name__}, expected a "
             "torch.nn.Module"
         )
     return made
+
+
+def _call(key: str, factory: str, args: Mapping[str, Any]) -> Any:
+    """What the user's own "package.module:callable" makes."""
+    where, _, attribute = factory.partition(":")
+    try:
+        return getattr(import_module(where), attribute)(**args)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise RecipeError(
+            f"{key}: got {factory!r}, expected 'package.module:callable' that takes "
+            f"{sorted(args) or 'no arguments'}; {error}"
+        ) from error
 
 
 def build_source(
@@ -226,9 +258,15 @@ def build_source(
                 config.generator, spec, latent_dim=config.latent_dim, width=config.generator_width
             )
         return GeneratorSource(generator.to(device))
-    found = load_images(str(config.data), config.split)
+    if config.kind == "factory":
+        made: Source = _call("sources", str(config.factory), {"spec": spec, **config.args})
+        if made.origin not in MADE_UP:
+            count = len(made) if isinstance(made, Sized) else 0
+            read.append(RealData(made.name, made.origin, reader, "distillation", count, ""))
+        return made
+    found = DATA.get(spec.kind).open(str(config.data), config.split)
     read.append(_record(found, config.origin, reader, "distillation"))
-    inputs = to_inputs(found.images, spec).to(device)
+    inputs = found.inputs(spec).to(device)
     return TensorSource(inputs, origin=config.origin, name=found.name)
 
 
@@ -255,9 +293,9 @@ def build_plugins(
 def build_method(
     name: str,
     config: object,
-    task: Classification,
+    task: Task,
     teachers: Sequence[Teacher],
-    student: nn.Module,
+    student: nn.Module | None,
     sources: Mapping[str, Source],
     seed: int,
 ) -> Any:
@@ -299,16 +337,14 @@ def check_requirements(
         raise RecipeError(f"{name!r} needs the sources {missing}; hand them in")
 
 
-def _evaluation(
-    task: Classification, data: tuple[torch.Tensor, torch.Tensor]
-) -> Callable[[nn.Module], Mapping[str, float]]:
-    def evaluate(student: nn.Module) -> Mapping[str, float]:
-        return task.evaluate(student, data)
+def _evaluation(task: Task, examples: Any) -> Callable[[nn.Module], Mapping[str, float]]:
+    def evaluate(model: nn.Module) -> Mapping[str, float]:
+        return task.evaluate(model, examples)
 
     return evaluate
 
 
-def _record(images: ImageSet, origin: str, by: str, purpose: str) -> RealData:
+def _record(found: DataSet, origin: str, by: str, purpose: str) -> RealData:
     return RealData(
-        f"{images.name}/{images.split}", origin, by, purpose, len(images), images.fingerprint
+        f"{found.name}/{found.split}", origin, by, purpose, len(found), found.fingerprint
     )

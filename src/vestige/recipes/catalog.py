@@ -19,6 +19,13 @@ PLUGINS = Registry(
     group="vestige.plugins",
     marks=("Config", "requires", "setup", "parts"),
 )
+TASKS = Registry(
+    "vestige.tasks", kind="task", group="vestige.tasks", marks=("kind", "metric", "evaluate")
+)
+# By the kind of input, which is what a set is opened for.
+DATA = Registry(
+    "vestige.data", kind="input kind", group="vestige.data", marks=("open", "inputs", "examples")
+)
 FOLDER = Path(__file__).parent
 
 

@@ -63,7 +63,8 @@ def finish(job: Job, outcome: Outcome, out: Path) -> dict[str, Any]:
     """Write what a finished run leaves; the summary last, as the mark that the run is whole."""
     summary = summarize(job.facts, outcome, job.task, job.student, job.trainer.device)
     summary["images_made"] = _images_made(job, outcome)
-    write_student(out, job.student, job.facts.student_card)
+    if job.student is not None:
+        write_student(out, job.student, job.facts.student_card)
     write_samples(out, outcome, job.task, job.classes)
     write_json(out / "summary.json", summary)
     return summary

@@ -7,17 +7,18 @@ import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from vestige.errors import RecipeError
+from vestige.core.types import Access, InputSpec
+from vestige.errors import RecipeError, ShapeError
 from vestige.models.factory import list_generators, model_arguments
-from vestige.recipes.catalog import METHODS, PLUGINS, shipped
+from vestige.recipes.catalog import METHODS, PLUGINS, TASKS, shipped
 from vestige.recipes.teacher import load_teacher_recipe
 from vestige.teachers.loading import KEYS as TEACHER_KEYS
-from vestige.teachers.loading import ImageInput, builtin_teachers
+from vestige.teachers.loading import builtin_teachers
 from vestige.training.trainer import TrainerConfig
 
 _LARGEST, _DEEPEST = 1_000_000, 20
@@ -27,6 +28,42 @@ _NOT_YAML = (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError)
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class InputConfig(_Strict):
+    """The teacher's input: `channels`, `height` and `width` of images, or any `kind` and `shape`.
+
+    Attributes:
+        kind: of the numbers; its sets are opened by `data/<kind>.py`.
+        shape: of one input; for images given by the three sizes.
+        mean: per channel of values in [0, 1]; () means no normalisation.
+        std: likewise.
+    """
+
+    kind: str = "image"
+    shape: tuple[int, ...] | None = None
+    channels: int | None = Field(None, ge=1)
+    height: int | None = Field(None, ge=1)
+    width: int | None = Field(None, ge=1)
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
+        sizes = (self.channels, self.height, self.width)
+        if (self.shape is None) == any(size is None for size in sizes):
+            raise ValueError("give either shape, or channels, height and width")
+        try:
+            self.spec()
+        except ShapeError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def spec(self) -> InputSpec:
+        """The same as the rest of the library takes it."""
+        sizes = (self.channels, self.height, self.width)
+        shape = self.shape or tuple(size for size in sizes if size is not None)
+        return InputSpec(self.kind, shape, self.mean, self.std)
 
 
 class ModelConfig(_Strict):
@@ -41,15 +78,19 @@ class SourceConfig(_Strict):
     """Where inputs come from that the method does not make.
 
     Attributes:
-        kind: "noise", "untrained-generator" or "images".
+        kind: "noise", "untrained-generator", "images" (a set of whatever kind the inputs are), or
+            "factory", a callable of the user's own.
         distribution: of noise, "normal" per value of the normalised input, or "uniform" images.
         generator: of "untrained-generator", with `generator_width` and `latent_dim`.
         data: of "images", name or folder of a set, with `split`.
         origin: of "images": "real" is the teacher's own data (reference arm), "foreign" is
             anything else.
+        factory: of "factory", "package.module:callable"; called with `spec` and `args` it returns
+            a Source.
+        args: of `factory`.
     """
 
-    kind: Literal["noise", "untrained-generator", "images"]
+    kind: Literal["noise", "untrained-generator", "images", "factory"]
     distribution: Literal["normal", "uniform"] = "normal"
     generator: str = "upsample"
     generator_width: int = 64
@@ -57,6 +98,8 @@ class SourceConfig(_Strict):
     data: str | None = None
     split: Literal["train", "select", "test"] = "train"
     origin: Literal["real", "foreign", "unlabelled"] = "foreign"
+    factory: str | None = None
+    args: dict[str, Any] = {}
 
 
 class PluginConfig(_Strict):
@@ -94,7 +137,10 @@ class Recipe(_Strict):
         input: of the teacher; None takes what a built-in or trained teacher's card says.
         num_classes: K; None takes what the teacher's card says.
         teacher: "builtin:NAME", "recipe:NAME", a mapping with `model` or `factory` and `weights`.
-        student: a fresh network.
+        more_teachers: for methods with several; `num_classes` in a mapping is that teacher's own.
+        access: how much of the teachers is shown; less than "white_box" hides their weights.
+        query_budget: rows that each teacher answers, where `access` is less than "white_box".
+        student: a fresh network; None where the method trains none.
         sources: by the names that the method asks for.
         plugins: outermost first.
         config: settings of the method.
@@ -109,12 +155,15 @@ class Recipe(_Strict):
     """
 
     method: str
-    task: Literal["classification"] = "classification"
+    task: str = "classification"
     data: str | None = None
-    input: ImageInput | None = None
+    input: InputConfig | None = None
     num_classes: int | None = Field(None, ge=2)
     teacher: str | dict[str, Any]
-    student: ModelConfig
+    more_teachers: tuple[str | dict[str, Any], ...] = ()
+    access: Access = Access.WHITE_BOX
+    query_budget: int | None = Field(None, ge=1)
+    student: ModelConfig | None = None
     sources: dict[str, SourceConfig] = {}
     plugins: tuple[PluginConfig, ...] = ()
     config: dict[str, Any] = {}
@@ -430,13 +479,30 @@ def _requirement_problems(recipe: Recipe) -> Iterator[str]:
         for name, source in run.sources.items():
             if source.kind == "images" and source.data is None:
                 yield f"{where}sources.{name}.data: images need the name or folder of a set"
+            if source.kind == "factory" and source.factory is None:
+                yield f"{where}sources.{name}.factory: is missing; 'package.module:callable'"
+        low, high = requires.teachers
+        if not low <= 1 + len(run.more_teachers) <= high:
+            yield (
+                f"{where}more_teachers: {run.method!r} takes {low} to {high} teachers, "
+                f"got {1 + len(run.more_teachers)}"
+            )
+        if requires.student and run.student is None:
+            yield f"{where}student: {run.method!r} trains one; give its 'name' or 'factory'"
+        if not run.access.covers(requires.access):
+            yield f"{where}access: {run.method!r} needs {requires.access}, got {run.access}"
         if run.task not in requires.tasks:
             yield f"{where}task: {run.method!r} serves {', '.join(requires.tasks)}, not {run.task}"
         for plugin in run.plugins:
             if plugin.name in requires.closed_to:
                 yield f"{where}plugins: {run.method!r} is closed to {plugin.name!r}"
-    if (recipe.student.name is None) == (recipe.student.factory is None):
+    student = recipe.student
+    if student is not None and (student.name is None) == (student.factory is None):
         yield "student: give exactly one of 'name' and 'factory'"
+    if recipe.task not in TASKS.names():
+        yield f"task: got {recipe.task!r}{_near(recipe.task, TASKS.names())}"
+    if recipe.query_budget is not None and recipe.access is Access.WHITE_BOX:
+        yield "query_budget: counts for a black box only; set access: scores or labels"
 
 
 def _try(settings: type[BaseModel], layers: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vestige.core.seeding import seeded
 from vestige.core.types import InputSpec, count_parameters
-from vestige.data.images import ImageSet, load_images, to_inputs
+from vestige.data.image import ImageSet, load_images, to_inputs
 from vestige.errors import RecipeError, TeacherError
 from vestige.models.factory import build_model
 from vestige.tasks.classification import Classification
@@ -66,7 +66,7 @@ class TeacherRecipe(_Part):
 
     Attributes:
         name: of the teacher and its files; the name of the recipe file unless given.
-        data: set of images for `data.images.load_images`; trained on its split "train".
+        data: set of images for `data.image.load_images`; trained on its split "train".
         input: what one input looks like; images are resized to it.
         num_classes: K; must be the number of classes of the data.
         model: which network.

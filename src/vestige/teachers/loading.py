@@ -55,7 +55,7 @@ class BuiltinCard(BaseModel):
         num_classes: K, number of logits.
         classes: their names, in the order of the logits.
         data: name of the data set it was trained on (split "train").
-        train_fingerprint: sha256 of the training images, see `data.images.ImageSet`.
+        train_fingerprint: sha256 of the training images, see `data.image.ImageSet`.
         test_fingerprint: sha256 of the images that `accuracy` was measured on.
         recipe_sha256: of the recipe's values.
         weights_fingerprint: `fingerprint` of the trained module.

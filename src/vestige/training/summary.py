@@ -120,7 +120,10 @@ def summarize(
         "seed": facts.seed,
         "device": str(device),
         "versions": runtime.versions(),
-        "result": {"kind": outcome.result.kind, "path": "student.safetensors"},
+        "result": {
+            "kind": outcome.result.kind,
+            "path": None if student is None else "student.safetensors",
+        },
         "complete": outcome.complete,
         "diagnosis": [finding.as_dict() for finding in outcome.findings],
     }

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from vestige.core.types import InputSpec
-from vestige.data.images import (
+from vestige.data.image import (
     channel_statistics,
     data_folder,
     list_images,

@@ -63,6 +63,19 @@ class ImageSet:
         """Number of colour channels; 1 for images without a channel dimension."""
         return 1 if self.images.ndim == 3 else int(self.images.shape[3])
 
+    @classmethod
+    def open(cls, name: str, split: str) -> "ImageSet":
+        """The same as `load_images`."""
+        return load_images(name, split)
+
+    def inputs(self, spec: InputSpec) -> Tensor:
+        """All images as inputs (N, C, H, W) of `spec`, see `to_inputs`."""
+        return to_inputs(self.images, spec)
+
+    def examples(self, spec: InputSpec) -> tuple[Tensor, Tensor]:
+        """Inputs (N, C, H, W) and labels (N,)."""
+        return self.inputs(spec), torch.from_numpy(self.labels)
+
 
 def data_folder() -> Path:
     """Where data sets lie: $VESTIGE_DATA, else vestige/data in the user's cache folder."""
