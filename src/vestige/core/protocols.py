@@ -110,6 +110,7 @@ class Task(Protocol):
     spec: InputSpec
     num_classes: int
     metric: str
+    higher_is_better: bool
 
     def check(self, model: nn.Module) -> None:
         """Raise ShapeError if `model` cannot take such inputs or answers in another shape."""

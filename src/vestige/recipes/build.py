@@ -156,9 +156,11 @@ def build(
 
 def resolve_teachers(recipe: Recipe) -> list[LoadedTeacher]:
     """The recipe's teachers; all of them take the same inputs."""
-    loaded = [
-        resolve_teacher(teacher, recipe) for teacher in (recipe.teacher, *recipe.more_teachers)
-    ]
+    loaded = []
+    for index, teacher in enumerate((recipe.teacher, *recipe.more_teachers)):
+        # A factory may draw; a resumed run must find the same teacher.
+        with seeding.seeded(recipe.seed, f"teacher {index}"):
+            loaded.append(resolve_teacher(teacher, recipe))
     for index, one in enumerate(loaded[1:]):
         if one.spec != loaded[0].spec:
             raise RecipeError(

@@ -51,7 +51,8 @@ class InputConfig(_Strict):
     @model_validator(mode="after")
     def _checked(self) -> Self:
         sizes = (self.channels, self.height, self.width)
-        if (self.shape is None) == any(size is None for size in sizes):
+        complete = all(sizes) if self.shape is None else not any(sizes)
+        if not complete:
             raise ValueError("give either shape, or channels, height and width")
         try:
             self.spec()
@@ -407,28 +408,11 @@ def _plugin_problems(where: str, listed: Any) -> Iterator[str]:
 
 def _network_problems(raw: Mapping[str, Any]) -> Iterator[str]:
     """Networks, generators and teachers that do not exist, and arguments that they do not take."""
-    student, teacher = _mapping(raw.get("student")), raw.get("teacher")
-    yield from _model_problems("student", "name", student)
-    if isinstance(teacher, Mapping):
-        for key in teacher:
-            if key not in TEACHER_KEYS:
-                yield f"teacher.{key}: no such key{_near(str(key), TEACHER_KEYS)}"
-        if ("factory" in teacher) == ("model" in teacher):
-            yield "teacher: give exactly one of 'model' and 'factory'"
-        yield from _model_problems("teacher", "model", teacher)
-    elif isinstance(teacher, str):
-        scheme, _, name = teacher.partition(":")
-        if scheme == "recipe":
-            try:
-                load_teacher_recipe(name)
-            except RecipeError as error:
-                yield f"teacher: {error}"
-        elif scheme != "builtin" or name not in builtin_teachers():
-            known = [f"builtin:{known}" for known in builtin_teachers()]
-            yield (
-                f"teacher: got {_short(teacher)}, expected 'recipe:NAME', a mapping or one of "
-                f"{', '.join(known)}{_near(teacher, known, listed=False)}"
-            )
+    yield from _model_problems("student", "name", _mapping(raw.get("student")))
+    yield from _teacher_problems("teacher", raw.get("teacher"))
+    more = raw.get("more_teachers")
+    for index, teacher in enumerate(more if isinstance(more, list | tuple) else ()):
+        yield from _teacher_problems(f"more_teachers.{index}", teacher)
     for where, sources in [
         ("sources", raw.get("sources")),
         *(
@@ -441,6 +425,30 @@ def _network_problems(raw: Mapping[str, Any]) -> Iterator[str]:
             valid = [known for known, _ in list_generators()]
             if isinstance(generator, str) and generator not in valid:
                 yield f"{where}.{name}.generator: got {_short(generator)}{_near(generator, valid)}"
+
+
+def _teacher_problems(where: str, teacher: Any) -> Iterator[str]:
+    if isinstance(teacher, Mapping):
+        valid = (*TEACHER_KEYS, "num_classes")
+        for key in teacher:
+            if key not in valid:
+                yield f"{where}.{key}: no such key{_near(str(key), valid)}"
+        if ("factory" in teacher) == ("model" in teacher):
+            yield f"{where}: give exactly one of 'model' and 'factory'"
+        yield from _model_problems(where, "model", teacher)
+    elif isinstance(teacher, str):
+        scheme, _, name = teacher.partition(":")
+        if scheme == "recipe":
+            try:
+                load_teacher_recipe(name)
+            except RecipeError as error:
+                yield f"{where}: {error}"
+        elif scheme != "builtin" or name not in builtin_teachers():
+            known = [f"builtin:{known}" for known in builtin_teachers()]
+            yield (
+                f"{where}: got {_short(teacher)}, expected 'recipe:NAME', a mapping or one of "
+                f"{', '.join(known)}{_near(teacher, known, listed=False)}"
+            )
 
 
 def _model_problems(where: str, key: str, network: Mapping[str, Any]) -> Iterator[str]:

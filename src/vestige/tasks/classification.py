@@ -41,6 +41,7 @@ class Classification:
 
     kind = "classification"
     metric = "accuracy"
+    higher_is_better = True
 
     def __init__(self, spec: InputSpec, num_classes: int) -> None:
         if num_classes < 2:

@@ -96,6 +96,7 @@ def summarize(
     facts: RunFacts, outcome: Outcome, task: Task, student: nn.Module | None, device: torch.device
 ) -> dict[str, Any]:
     """summary.json, version 1; `score` is the last step's, `best_score` is told for comparison."""
+    best = max if task.higher_is_better else min
     values = [scores[task.metric] for scores in outcome.scores if task.metric in scores]
     return {
         "schema": 1,
@@ -108,7 +109,7 @@ def summarize(
         if student is None
         else {
             "score": values[-1] if values else None,
-            "best_score": max(values) if values else None,
+            "best_score": best(values) if values else None,
             "parameters": count_parameters(student),
         },
         "arms": {},
