@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from vestige.core.protocols import Source, Task
+from vestige.core.protocols import Source, Task, Teacher
 from vestige.core.types import InputSpec, Requires, count_parameters
 from vestige.errors import RecipeError, ShapeError, TeacherError
 from vestige.recipes.build import build_method, build_plugins
@@ -41,7 +41,8 @@ class DistillReport:
     """What `distill` hands back.
 
     Attributes:
-        student: trained, in eval mode; the object that was handed in.
+        student: trained, in eval mode; the object that was handed in, unless the method's result is
+            another network (an average of its weights, say).
         source: where the method's inputs came from (a generator), or None.
         pool: stored synthetic inputs, or None.
         summary: the contents of summary.json.
@@ -56,7 +57,7 @@ class DistillReport:
 
 
 def distill(
-    teacher: nn.Module,
+    teacher: nn.Module | Teacher | Sequence[nn.Module | Teacher],
     student: nn.Module,
     *,
     method: str = "dfad",
@@ -78,7 +79,8 @@ def distill(
 
     Args:
         teacher: any module that returns logits, a tuple that starts with them, or an object with
-            `logits`. It is frozen and put into eval mode.
+            `logits`; it is frozen and put into eval mode. Or a teacher object, such as a black box
+            with a budget; or several of either, for methods that take several.
         student: any such module; trained in place, nothing else of it is changed.
         method: a name of `list_methods`.
         spec: of one input of the teacher.
@@ -106,16 +108,20 @@ def distill(
     folder = None if out is None else Path(out)
     if folder is not None:
         check_folder(folder, resume=resume)
-    if student is teacher or set(student.parameters()) & set(teacher.parameters()):
+    where = runtime.device(device)
+    handed = list(teacher) if isinstance(teacher, Sequence) else [teacher]
+    networks = [one for one in handed if isinstance(one, nn.Module)]
+    if any(set(student.parameters()) & set(network.parameters()) for network in networks):
         raise TeacherError(
             "teacher and student share weights, expected two networks; make the student anew "
             "(copy.deepcopy if it is to start from the teacher)"
         )
-    where = runtime.device(device)
-    frozen = WhiteBoxTeacher(teacher.to(where))
+    teachers = [_frozen(one, where) for one in handed]
     student.to(where)
     judged: Task = TASKS.get(task)(spec, num_classes)
-    judged.check(teacher)
+    # A black box is not asked, since that may cost; several teachers may know other classes.
+    for network in networks if len(handed) == 1 else ():
+        judged.check(network)
     judged.check(student)
     given = {name: _source(name, source, where) for name, source in (sources or {}).items()}
     _check_sources(method, chosen.requires, given)
@@ -124,14 +130,14 @@ def distill(
     if len(named) < len(listed):
         raise RecipeError(f"plugins: got {[name for name, _ in listed]}; name each one once")
     judge = _judge(judged, evaluate)
-    built = build_method(method, settings, judged, [frozen], student, given, seed)
-    weights = fingerprint(teacher)
+    built = build_method(method, settings, judged, teachers, student, given, seed)
+    weights = ", ".join(fingerprint(network) for network in networks)
     trainer = Trainer(
         built,
         judged,
-        teachers=[frozen],
+        teachers=teachers,
         student=student,
-        plugins=build_plugins(named, chosen),
+        plugins=build_plugins(named, chosen, judged, teachers),
         sources=given,
         evaluate=judge,
         out=folder,
@@ -150,8 +156,10 @@ def distill(
     facts = RunFacts(
         method=method,
         plugins=tuple(named),
-        teacher_score=None if judge is None else float(judge(teacher)[judged.metric]),
-        teacher_parameters=count_parameters(teacher),
+        teacher_score=None
+        if judge is None or not networks
+        else float(judge(networks[0])[judged.metric]),
+        teacher_parameters=sum(count_parameters(network) for network in networks),
         teacher_fingerprint=weights,
         real_data=_real_data(evaluate, given),
         seed=seed,
@@ -166,14 +174,15 @@ def distill(
     if folder is not None:
         record_start(trainer, folder, facts)
     outcome = trainer.run(resume=resume)
-    summary = summarize(facts, outcome, judged, student, where)
+    trained = outcome.network or student
+    summary = summarize(facts, outcome, judged, trained, where)
     if folder is not None:
-        write_student(folder, student, facts.student_card)
+        write_student(folder, trained, facts.student_card)
         write_samples(folder, outcome, judged, ())
         write_json(folder / "summary.json", summary)
         write_report([folder], folder / "report.html")
     return DistillReport(
-        student,
+        trained,
         getattr(built, "generator", None),
         getattr(built, "pool", None),
         summary,
@@ -208,6 +217,12 @@ def _trainer_config(budget: Mapping[str, float], device: str) -> TrainerConfig:
     except ValidationError as error:
         problems = "; ".join(explain(error, TrainerConfig, "budget"))
         raise RecipeError(problems) from None
+
+
+def _frozen(teacher: nn.Module | Teacher, device: Any) -> Teacher:
+    if isinstance(teacher, WhiteBoxTeacher) or not isinstance(teacher, nn.Module):
+        return teacher
+    return WhiteBoxTeacher(teacher.to(device))
 
 
 def _source(name: str, source: Source | Tensor, device: Any) -> Source:

@@ -246,10 +246,16 @@ class TermAndGradient:
             self.trigger += 0.01 * update.batch.inputs.mean(0)
         return loss
 
-    def student_optimizers(self, given):
+    def student_optimizers(self, given, clip):
         progress = self.ctx.progress
-        late = progress.loop == "distill" and progress.fraction >= 1 / 3
-        return (self.late,) if late else given
+        late = progress.loop == "distill" and progress.position >= 1 / 3
+        return ((self.late,), None) if late else (given, clip)
+
+
+class TermAndGradientOnly(TermAndGradient):
+    """(e) where the source is stepped by hand-made gradients, which no plug-in wraps."""
+
+    source_terms = None
 
 
 class Embeddings(Skeleton):

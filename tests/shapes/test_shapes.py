@@ -17,6 +17,8 @@ SHAPES = {
     "d bilevel plug-in": (s.AdversarialPair, (s.Bilevel,)),
     "e term and gradient, around d": (s.AdversarialPair, (s.TermAndGradient, s.Bilevel)),
     "f embeddings": (s.Embeddings, ()),
+    "f embeddings, within d": (s.Embeddings, (s.Bilevel,)),
+    "f embeddings, within e around d": (s.Embeddings, (s.TermAndGradientOnly, s.Bilevel)),
     "g bootstrap": (s.Bootstrap, ()),
     "h clients": (s.Federated, ()),
     "i many teachers": (s.ManyTeachers, ()),

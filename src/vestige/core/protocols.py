@@ -14,6 +14,7 @@ from vestige.core.schedules import Schedule
 from vestige.core.types import (
     Access,
     Batch,
+    Inputs,
     InputSpec,
     Loss,
     Prediction,
@@ -37,6 +38,17 @@ class Stateful(Protocol):
 
 
 @runtime_checkable
+class HoldsNetworks(Protocol):
+    """A part that is no module itself but holds some: clients, an ensemble.
+
+    They are moved to the run's device and their training flags are kept; their weights belong into
+    the part's own `state_dict`.
+    """
+
+    def networks(self) -> Mapping[str, nn.Module]: ...
+
+
+@runtime_checkable
 class Sharded(Protocol):
     """A part that only ever grows: shard i never changes once it exists.
 
@@ -55,7 +67,7 @@ class Teacher(Protocol):
 
     access: Access
 
-    def __call__(self, inputs: Tensor) -> Prediction: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Prediction: ...
 
 
 class Source(Protocol):
@@ -71,7 +83,7 @@ class Source(Protocol):
     name: str
     paths: tuple[Path, ...]
 
-    def draw(self, count: int, rng: torch.Generator) -> Tensor:
+    def draw(self, count: int, rng: torch.Generator) -> Inputs:
         """`count` inputs in the teacher's normalised space, (count, ...), no gradient."""
         ...
 
@@ -131,6 +143,8 @@ class Progress:
         rounds: all rounds of that loop.
         steps: optimizer steps of the whole run.
         finished: rounds of each loop that is over.
+        round_steps: optimizer steps since the running round began.
+        steps_per_round: of the last finished round; 0 before there is one.
     """
 
     loop: str = ""
@@ -138,6 +152,17 @@ class Progress:
     rounds: int = 0
     steps: int = 0
     finished: dict[str, int] = field(default_factory=dict)
+    round_steps: int = 0
+    steps_per_round: int = 0
+
+    @property
+    def position(self) -> float:
+        """Like `fraction`, and within a round by its steps: for what starts late in a run.
+
+        Within the first round of a run it stands still, since nothing tells how long a round is.
+        """
+        within = self.round_steps / self.steps_per_round if self.steps_per_round else 0.0
+        return (self.round + min(1.0, within)) / self.rounds if self.rounds else 0.0
 
     @property
     def fraction(self) -> float:
@@ -145,19 +170,20 @@ class Progress:
         return self.round / self.rounds if self.rounds else 0.0
 
 
-class Context(Protocol):
-    """What a method may ask of whoever runs it."""
+class PluginContext(Protocol):
+    """What a plug-in may ask of whoever runs it; names and streams are its own."""
 
-    rng: torch.Generator
-    progress: Progress
-    device: torch.device
+    @property
+    def rng(self) -> torch.Generator: ...
+
+    @property
+    def progress(self) -> Progress: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     def generator(self, name: str) -> torch.Generator:
         """A stream of randomness that does not disturb `rng`; saved with the run."""
-        ...
-
-    def rounds(self, name: str, n: int) -> Iterator[int]:
-        """The named loop's round numbers; skips what a resumed run has done already."""
         ...
 
     def optimizer(
@@ -170,6 +196,14 @@ class Context(Protocol):
         fresh: bool = False,
     ) -> Optimizer:
         """An optimizer that is saved with the run, or a `fresh` one that lives within a round."""
+        ...
+
+
+class Context(PluginContext, Protocol):
+    """What a method may ask of whoever runs it."""
+
+    def rounds(self, name: str, n: int) -> Iterator[int]:
+        """The named loop's round numbers; skips what a resumed run has done already."""
         ...
 
     def update(
@@ -186,9 +220,13 @@ class Context(Protocol):
         ...
 
     def apply(
-        self, role: Role, grads: Mapping[nn.Parameter, Tensor], *optimizers: Optimizer
+        self,
+        role: Role,
+        grads: Mapping[nn.Parameter, Tensor],
+        *optimizers: Optimizer,
+        loss: Loss | None = None,
     ) -> Step:
-        """One optimizer step on gradients that the paper forms itself."""
+        """One optimizer step on gradients that the paper forms itself; `loss` is for the curves."""
         ...
 
 
@@ -233,8 +271,11 @@ class StudentUpdate:
     Attributes:
         model: the live student.
         loss_fn: the method's loss; pure, so it can be called at other weights and on other batches.
+            It works on a batch that has inputs alone: what a method keeps in `extra` (labels,
+            answers of the teacher) it must be able to do without or to compute.
         batch: the batch of this update, after every plug-in's `student_batch`.
-        params: the parameters that this update moves, by name.
+        params: the student's parameters that this update moves, by name; what else it moves (a
+            projection head) is left to the method.
     """
 
     model: nn.Module
@@ -265,22 +306,36 @@ class StudentBatch(Protocol):
 class StudentGradient(Protocol):
     """A plug-in that wraps the student's gradient; nests in command-line order, first outermost."""
 
-    def student_gradient(self, update: StudentUpdate, following: Callable[[], Loss]) -> Loss:
+    def student_gradient(self, update: StudentUpdate, following: "Following") -> Loss:
         """Leave the gradient in `.grad` of `update.params`.
 
         Args:
             update: model, loss, batch and parameters.
-            following: leaves the inner gradient in `.grad` and returns its loss, without graph.
+            following: leaves the inner gradient in `.grad`, whatever was there, and returns its
+                loss without graph; with a batch, for that one instead of `update.batch`.
         """
         ...
+
+
+class Following(Protocol):
+    """What a gradient plug-in is wrapped around: the plug-ins inside it and the method's loss."""
+
+    def __call__(self, batch: Batch | None = None, /) -> Loss: ...
 
 
 @runtime_checkable
 class StudentOptimizers(Protocol):
     """A plug-in that steps the student with an optimizer of its own, for example late in a run."""
 
-    def student_optimizers(self, given: Sequence[Optimizer]) -> Sequence[Optimizer]:
-        """The optimizers to step instead of `given`, over parameters of the student."""
+    def student_optimizers(
+        self, given: Sequence[Optimizer], clip: float | None
+    ) -> tuple[Sequence[Optimizer], float | None]:
+        """What to step and clip instead.
+
+        Args:
+            given: the method's optimizers over parameters of the student; others it steps stay.
+            clip: the method's largest norm of the gradient.
+        """
         ...
 
 
@@ -297,9 +352,12 @@ class Plugin(Protocol):
     def __init__(self, cfg: Any) -> None: ...
 
     def setup(
-        self, task: Task, teachers: Sequence[Teacher], student: nn.Module, ctx: Context
+        self, task: Task, teachers: Sequence[Teacher], student: nn.Module, ctx: PluginContext
     ) -> None:
-        """Called once before the method runs; asks for its optimizers here."""
+        """Called once before the method runs; asks for its optimizers and generators here.
+
+        Their names are the plug-in's own: `ctx` keeps them apart from the method's.
+        """
         ...
 
     def parts(self) -> Mapping[str, Stateful | Sharded]:

@@ -11,6 +11,29 @@ from torch import Tensor, nn
 from vestige.errors import ContractError, ShapeError
 
 Role = Literal["source", "student", "auxiliary"]
+# One tensor, or several by the names of a forward's keywords (embeddings and their mask).
+Inputs = Tensor | Mapping[str, Tensor]
+
+
+def count_rows(inputs: Inputs) -> int:
+    """Size of the batch dimension, the first of every tensor."""
+    return len(inputs if isinstance(inputs, Tensor) else next(iter(inputs.values())))
+
+
+def pick_rows(inputs: Inputs, index: Tensor | slice) -> Inputs:
+    """The rows of `index` of every tensor."""
+    if isinstance(inputs, Tensor):
+        return inputs[index]
+    return {name: value[index] for name, value in inputs.items()}
+
+
+def join_rows(first: Inputs, second: Inputs) -> Inputs:
+    """Rows of `first`, then of `second`; both are of one form."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.cat([first, second])
+    if isinstance(first, Mapping) and isinstance(second, Mapping) and first.keys() == second.keys():
+        return {name: torch.cat([value, second[name]]) for name, value in first.items()}
+    raise ShapeError("got inputs of two forms, expected two tensors or mappings with equal names")
 
 
 class Access(StrEnum):
@@ -94,14 +117,15 @@ class Batch:
     """One batch of whatever an update needs; every tensor has the batch as its first dimension.
 
     Attributes:
-        inputs: in the teacher's normalised space, (B, ...); None where the update makes its own.
+        inputs: in the teacher's normalised space, (B, ...), or several tensors by the names of the
+            forward's keywords; None where the update makes its own.
         labels: (B,) int64, or None.
         latent: input of a generator, (B, Z), or None.
         weights: (B,), set by plug-ins; multiply per-sample losses before the mean, may be negative.
         extra: further tensors by name, for example the teacher's logits when they are reused.
     """
 
-    inputs: Tensor | None = None
+    inputs: Inputs | None = None
     labels: Tensor | None = None
     latent: Tensor | None = None
     weights: Tensor | None = None
@@ -111,7 +135,7 @@ class Batch:
     def __len__(self) -> int:
         for value in (self.inputs, self.latent, self.labels, *self.extra.values()):
             if value is not None:
-                return value.shape[0]
+                return count_rows(value)
         return 0
 
     def rows(self, index: Tensor | slice) -> "Batch":
@@ -121,12 +145,24 @@ class Batch:
             return None if value is None else value[index]
 
         return Batch(
-            pick(self.inputs),
+            None if self.inputs is None else pick_rows(self.inputs, index),
             pick(self.labels),
             pick(self.latent),
             pick(self.weights),
             {name: value[index] for name, value in self.extra.items()},
         )
+
+    def joined(self, inputs: Inputs) -> "Batch":
+        """Inputs of this batch, then `inputs`; the new rows have weight 1.
+
+        Labels, latents and `extra` are left behind: they are known for some of the rows only.
+        """
+        if self.inputs is None:
+            raise ContractError("a batch without inputs cannot be joined with others")
+        weights = None
+        if self.weights is not None:
+            weights = torch.cat([self.weights, self.weights.new_ones(count_rows(inputs))])
+        return Batch(join_rows(self.inputs, inputs), weights=weights)
 
     def weighted(self, weights: Tensor) -> "Batch":
         """The same batch with `weights` (B,) multiplied onto the ones it has."""
@@ -203,7 +239,8 @@ class Loss:
     """What a loss function returns: named terms, their weighted sum and what was made on the way.
 
     Attributes:
-        terms: unweighted scalars by name, for curves.
+        terms: scalars by name, for curves; the method's own before weighting, those that plug-ins
+            add as they enter the total.
         total: scalar that is minimised.
         inputs: what the networks saw, (B, ...), still attached for role "source".
         teacher: aligned with `inputs` row by row.
@@ -212,7 +249,7 @@ class Loss:
 
     terms: Mapping[str, Tensor]
     total: Tensor
-    inputs: Tensor | None = None
+    inputs: Inputs | None = None
     teacher: Prediction | None = None
     student: Prediction | None = None
 
@@ -221,7 +258,7 @@ class Loss:
         return Loss(
             {name: term.detach() for name, term in self.terms.items()},
             self.total.detach(),
-            None if self.inputs is None else self.inputs.detach(),
+            _detached(self.inputs),
             None if self.teacher is None else self.teacher.detach(),
             None if self.student is None else self.student.detach(),
         )
@@ -237,6 +274,12 @@ class Loss:
         for term in extra.values():
             total = total + term
         return replace(self, terms={**self.terms, **extra}, total=total)
+
+
+def _detached(inputs: Inputs | None) -> Inputs | None:
+    if isinstance(inputs, Mapping):
+        return {name: value.detach() for name, value in inputs.items()}
+    return None if inputs is None else inputs.detach()
 
 
 @dataclass(frozen=True)
@@ -268,7 +311,7 @@ class Requires:
         extras: optional packages, as named in the project's extras.
         teachers: smallest and largest number of teachers.
         student: whether it trains a student; where not, it is handed None.
-        closed_to: names of plug-ins that cannot work on it.
+        closed_to: names of plug-ins that cannot work on it; "*" means all.
     """
 
     access: Access = Access.WHITE_BOX
@@ -283,8 +326,11 @@ class Requires:
 
 
 def predict(model: Any, inputs: Any) -> Prediction:
-    """Call `model` (a module, a teacher, or a module at other weights) and read its logits."""
-    return Prediction.of(model(inputs))
+    """Call `model` (a module, a teacher, or a module at other weights) and read its logits.
+
+    Inputs in a mapping are handed over as keywords.
+    """
+    return Prediction.of(model(**inputs) if isinstance(inputs, Mapping) else model(inputs))
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -43,6 +43,7 @@ from vestige.losses.statistics import bn_statistics_loss
 from vestige.models.factory import build_generator
 from vestige.models.probes import BatchNormProbe
 from vestige.sources.memory import RingMemory
+from vestige.teachers.white_box import module_of
 
 
 class DFADConfig(BaseModel):
@@ -121,7 +122,7 @@ class DFAD:
         self.log_form = task.kind == "segmentation" if cfg.log_form is None else cfg.log_form
         self.memory = RingMemory(cfg.replay_size)
         # Found once: a teacher without BatchNorm is refused here, not in the first step.
-        self.probe = BatchNormProbe(_module(self.teacher)) if cfg.bn_weight else None
+        self.probe = BatchNormProbe(module_of(self.teacher)) if cfg.bn_weight else None
 
     def parts(self) -> Mapping[str, Stateful | Sharded]:
         """Student, generator and the memory of earlier fakes."""
@@ -234,8 +235,3 @@ class DFAD:
             "generator_step": n,
         }
         return {name: float(count) for name, count in passes.items()}
-
-
-def _module(teacher: Any) -> nn.Module:
-    """The network inside a white-box teacher, where hooks may be put."""
-    return teacher if isinstance(teacher, nn.Module) else teacher.module

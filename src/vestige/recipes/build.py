@@ -1,9 +1,12 @@
 """From a recipe to a ready trainer; real data is opened here and nowhere else."""
 
 import datetime
+import re
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import requires as requires_of
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,13 @@ from torch import nn
 from vestige.core import seeding
 from vestige.core.protocols import DataSet, Plugin, Source, Task, Teacher
 from vestige.core.types import Access, InputSpec, Requires, count_parameters
-from vestige.errors import AccessError, NoBatchNormError, RecipeError, TeacherError
+from vestige.errors import (
+    AccessError,
+    MissingExtraError,
+    NoBatchNormError,
+    RecipeError,
+    TeacherError,
+)
 from vestige.models.factory import build_generator, build_model
 from vestige.models.probes import batchnorm_layers
 from vestige.recipes.catalog import DATA, METHODS, PLUGINS, TASKS
@@ -108,7 +117,10 @@ def build(
         # Not through the teacher object, which counts what the method asks of it.
         teacher_score = evaluate(first.module)[task.metric]
     plugins = build_plugins(
-        {plugin.name: plugin.config for plugin in recipe.plugins}, METHODS.get(recipe.method)
+        {plugin.name: plugin.config for plugin in recipe.plugins},
+        METHODS.get(recipe.method),
+        task,
+        teachers,
     )
     method = build_method(
         recipe.method, recipe.method_config(), task, teachers, student, sources, recipe.seed
@@ -273,16 +285,20 @@ def build_source(
 
 
 def build_plugins(
-    chosen: Mapping[str, Mapping[str, object]], method: type[object]
+    chosen: Mapping[str, Mapping[str, object]],
+    method: type[object],
+    task: Task,
+    teachers: Sequence[Teacher],
 ) -> dict[str, Plugin]:
-    """Plug-ins by name, outermost first."""
+    """Plug-ins by name, outermost first, after their requirements were checked."""
     requires: Requires = getattr(method, "requires", Requires())
-    closed = [name for name in chosen if name in requires.closed_to]
+    closed = [name for name in chosen if {name, "*"} & set(requires.closed_to)]
     if closed:
         raise RecipeError(f"{method.__name__} is closed to the plug-ins {closed}; leave them out")
     made = {}
     for name, config in chosen.items():
         plugin = PLUGINS.get(name)
+        check_requirements(name, plugin.requires, task, teachers, {})
         try:
             settings = plugin.Config.model_validate(dict(config))
         except ValidationError as error:
@@ -303,22 +319,33 @@ def build_method(
 ) -> Any:
     """The method, after its requirements were checked; it may not open a file meanwhile."""
     method = METHODS.get(name)
-    check_requirements(name, method.requires, teachers, sources)
+    check_requirements(name, method.requires, task, teachers, sources)
     allowed = tuple(path for source in sources.values() for path in source.paths)
     with seeding.seeded(seed, "generator"), guard.watching(name, allowed):
         return method(config, task, teachers, student, sources)
 
 
 def check_requirements(
-    name: str, requires: Requires, teachers: Sequence[Teacher], sources: Mapping[str, Source]
+    name: str,
+    requires: Requires,
+    task: Task,
+    teachers: Sequence[Teacher],
+    sources: Mapping[str, Source],
 ) -> None:
     """Refuse what cannot work before anything is drawn.
 
     Raises:
         TeacherError: too few or too many teachers, or not enough access to one.
         NoBatchNormError: BatchNorm statistics are needed and a teacher has none.
-        RecipeError: a source is missing.
+        RecipeError: a source is missing, or the task is of another kind.
+        MissingExtraError: an optional package is not installed.
     """
+    if task.kind not in requires.tasks:
+        raise RecipeError(
+            f"{name!r} serves {', '.join(requires.tasks)}, got the task {task.kind!r}; take another"
+        )
+    for extra in requires.extras:
+        _check_extra(name, extra)
     low, high = requires.teachers
     if not low <= len(teachers) <= high:
         raise TeacherError(f"{name!r} takes {low} to {high} teachers, got {len(teachers)}")
@@ -337,6 +364,22 @@ def check_requirements(
     missing = [source for source in requires.sources if source not in sources]
     if missing:
         raise RecipeError(f"{name!r} needs the sources {missing}; hand them in")
+
+
+def _check_extra(name: str, extra: str) -> None:
+    """Whether every package of one of the project's extras is installed."""
+    mark = re.compile(f"""extra == ['"]{re.escape(extra)}['"]""")
+    needed = [line for line in requires_of("vestige") or [] if mark.search(line)]
+    packages = [re.split(r"[\s\[<>=!~;(]", line, maxsplit=1)[0] for line in needed]
+    for package in packages:
+        try:
+            version(package)
+        except PackageNotFoundError as error:
+            raise MissingExtraError(
+                f"{name!r} needs {package}, which is not installed; pip install 'vestige[{extra}]'"
+            ) from error
+    if not packages:
+        raise RecipeError(f"{name!r} asks for the extra {extra!r}, which vestige does not have")
 
 
 def _evaluation(task: Task, examples: Any) -> Callable[[nn.Module], Mapping[str, float]]:

@@ -61,10 +61,11 @@ def run_recipe(
 
 def finish(job: Job, outcome: Outcome, out: Path) -> dict[str, Any]:
     """Write what a finished run leaves; the summary last, as the mark that the run is whole."""
-    summary = summarize(job.facts, outcome, job.task, job.student, job.trainer.device)
+    trained = outcome.network or job.student
+    summary = summarize(job.facts, outcome, job.task, trained, job.trainer.device)
     summary["images_made"] = _images_made(job, outcome)
-    if job.student is not None:
-        write_student(out, job.student, job.facts.student_card)
+    if trained is not None:
+        write_student(out, trained, job.facts.student_card)
     write_samples(out, outcome, job.task, job.classes)
     write_json(out / "summary.json", summary)
     return summary
@@ -163,7 +164,7 @@ def gap_closed(score: float, baseline: float, reference: float) -> float | None:
 def arm_details(recipe: Recipe, summaries: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per arm: score, gap closed, seconds, images made, real images read to train."""
     scores: dict[str, float | None] = {
-        name: summary["student"]["score"] for name, summary in summaries.items()
+        name: (summary["student"] or {}).get("score") for name, summary in summaries.items()
     }
     low, high = scores.get(str(recipe.baseline)), scores.get(str(recipe.reference))
     rows = []

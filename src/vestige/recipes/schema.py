@@ -502,7 +502,7 @@ def _requirement_problems(recipe: Recipe) -> Iterator[str]:
         if run.task not in requires.tasks:
             yield f"{where}task: {run.method!r} serves {', '.join(requires.tasks)}, not {run.task}"
         for plugin in run.plugins:
-            if plugin.name in requires.closed_to:
+            if {plugin.name, "*"} & set(requires.closed_to):
                 yield f"{where}plugins: {run.method!r} is closed to {plugin.name!r}"
     student = recipe.student
     if student is not None and (student.name is None) == (student.factory is None):

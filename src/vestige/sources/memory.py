@@ -45,9 +45,14 @@ class RingMemory:
         return self._rows[index.to(self._rows.device)].to(rng.device)
 
     def state_dict(self) -> Mapping[str, Any]:
-        """All rows and the number pushed so far."""
-        return {"rows": self._rows, "pushed": self._pushed}
+        """The valid rows and the number pushed so far."""
+        rows = None if self._rows is None else self._rows[: len(self)]
+        return {"rows": rows, "pushed": self._pushed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        self._rows, self._pushed = state["rows"], int(state["pushed"])
+        self._rows, self._pushed = None, int(state["pushed"])
+        if state["rows"] is not None:
+            rows: Tensor = state["rows"]
+            self._rows = rows.new_zeros((self.capacity, *rows.shape[1:]))
+            self._rows[: len(self)] = rows

@@ -5,8 +5,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from vestige.core.types import Access, Prediction
-from vestige.errors import TeacherError
+from vestige.core.protocols import Teacher
+from vestige.core.types import Access, Prediction, count_rows
+from vestige.errors import AccessError, TeacherError
 
 
 class WhiteBoxTeacher(nn.Module):
@@ -34,14 +35,28 @@ class WhiteBoxTeacher(nn.Module):
         self.queries = 0
         self.eval()
 
-    def forward(self, inputs: Tensor) -> Prediction:
-        """Prediction for inputs (B, ...), attached to them."""
-        self.queries += len(inputs)
-        return Prediction.of(self.module(inputs))
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Prediction:
+        """Prediction for inputs (B, ...), attached to them; taken as the network takes them."""
+        self.queries += count_rows(inputs[0] if inputs else named)
+        return Prediction.of(self.module(*inputs, **named))
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode: a parent's `train()` must not move BatchNorm statistics."""
         return super().train(False)
+
+
+def module_of(teacher: Teacher) -> nn.Module:
+    """The network inside a teacher, where hooks may be put.
+
+    Raises:
+        AccessError: the teacher does not show it.
+    """
+    if not isinstance(teacher, nn.Module):
+        raise AccessError(
+            f"got a teacher with {teacher.access} access, expected white_box access to look "
+            "inside; hand in the network itself"
+        )
+    return teacher
 
 
 def _check_finite(module: nn.Module) -> None:

@@ -1,7 +1,8 @@
 """What a method sees of the trainer: loops, optimizers, updates and randomness."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce as fold
 from typing import Any, get_args
 
 import torch
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 
 from vestige.core import seeding
 from vestige.core.protocols import (
+    Following,
     LossFn,
     OptimizerFactory,
     Plugin,
@@ -21,7 +23,7 @@ from vestige.core.protocols import (
     StudentUpdate,
 )
 from vestige.core.schedules import Schedule
-from vestige.core.types import Batch, Loss, Prediction, Role, Step
+from vestige.core.types import Batch, Inputs, Loss, Prediction, Role, Step, join_rows
 from vestige.errors import CheckpointError, ContractError
 
 
@@ -78,6 +80,7 @@ class RunContext:
         self.stopping = False
         self.cut_short = False
         self.called: set[str] = set()
+        self.rounds_done: dict[str, int] = {}
         self.roles: set[Role] = set()
         self._generators: dict[str, torch.Generator] = {}
         self._optimizers: dict[str, _Scheduled] = {}
@@ -111,8 +114,10 @@ class RunContext:
         if self.progress.loop:
             self.progress.finished[self.progress.loop] = self.progress.round
         self.progress.loop, self.progress.round, self.progress.rounds = name, 0, n
+        self.progress.round_steps = 0
         done = self._on_loop(name, n)
-        self.progress.round = done
+        # A skipped loop may have been left early; then it has fewer rounds than it asked for.
+        self.progress.round = self.rounds_done.get(name, done)
         for entry in self._optimizers.values():
             if entry.schedule is not None and entry.schedule.per == "round":
                 entry.set_rates(self.progress.fraction)
@@ -127,6 +132,8 @@ class RunContext:
                 # Also when the method leaves the loop by break.
                 self.in_round = False
             self.progress.round = index + 1
+            self.progress.steps_per_round = self.progress.round_steps
+            self.progress.round_steps = 0
             for entry in self._optimizers.values():
                 if entry.schedule is not None and entry.schedule.per == "round":
                     entry.set_rates(self.progress.fraction)
@@ -203,43 +210,65 @@ class RunContext:
             batch: handed to `loss_fn`.
             optimizers: own the parameters that move.
             clip: largest norm of the gradient over all of these parameters.
-            accumulate: number of equal slices of the batch whose gradients are summed; BatchNorm
-                then sees each slice on its own.
+            accumulate: number of slices of the batch, at most its rows, whose gradients are added
+                by their share of the rows; BatchNorm sees each slice on its own.
         """
+        self._took(role)
         if role == "student":
+            if len(batch) == 0:
+                raise ContractError(
+                    "a student update got an empty batch; put what the student sees into "
+                    "batch.inputs, so that plug-ins can weight it, drop rows and evaluate elsewhere"
+                )
             for name, plugin in self._hooks[StudentBatch]:
                 batch = plugin.student_batch(batch)
                 self.called.add(name)
-            for name, plugin in self._hooks[StudentOptimizers]:
-                optimizers = tuple(plugin.student_optimizers(optimizers))
-                self.called.add(name)
+            optimizers, clip = self._student_optimizers(model, optimizers, clip)
+            if len(batch) == 0:
+                return Step(role)
         params = self._params(optimizers)
-        self._took(role)
-        if role == "student" and len(batch) == 0:
-            return Step(role)
-        for parameter in params:
-            parameter.grad = None
 
-        def plain() -> Loss:
-            return self._backward(role, model, loss_fn, batch, params, accumulate)
+        def plain(on: Batch | None = None) -> Loss:
+            for parameter in params:
+                parameter.grad = None
+            return self._backward(
+                role, model, loss_fn, batch if on is None else on, params, accumulate
+            )
 
-        chain = plain
+        chain: Following = plain
         if role == "student" and self._hooks[StudentGradient]:
             names = {id(p): n for n, p in model.named_parameters()}
-            named = {names.get(id(p), f"#{i}"): p for i, p in enumerate(params)}
+            named = {names[id(p)]: p for p in params if id(p) in names}
             context = StudentUpdate(model, loss_fn, batch, named)
             for name, plugin in reversed(self._hooks[StudentGradient]):
                 chain = self._wrapped(name, plugin, context, chain)
         loss = chain().detach()
+        if all(parameter.grad is None for parameter in params):
+            raise ContractError(
+                f"a {role} update reached none of its {len(params)} parameters; the loss does not "
+                "depend on what the optimizers own"
+            )
         self._step(params, optimizers, clip)
         return Step(role, loss)
 
     def apply(
-        self, role: Role, grads: Mapping[nn.Parameter, Tensor], *optimizers: Optimizer
+        self,
+        role: Role,
+        grads: Mapping[nn.Parameter, Tensor],
+        *optimizers: Optimizer,
+        loss: Loss | None = None,
     ) -> Step:
-        """One optimizer step on gradients that the paper forms itself, keyed by parameter."""
+        """One optimizer step on gradients that the paper forms itself, keyed by parameter.
+
+        Args:
+            role: as for `update`; plug-ins do not wrap it.
+            grads: of some or all parameters of `optimizers`; the others stay.
+            optimizers: own the parameters that move.
+            loss: what is written into the curves and checked for NaN.
+        """
         params = self._params(optimizers)
-        strange = [p for p in grads if not any(p is q for q in params)]
+        owned = {id(parameter) for parameter in params}
+        strange = [p for p in grads if id(p) not in owned]
         if strange:
             raise ContractError(
                 f"got gradients for {len(strange)} parameters that none of the optimizers holds"
@@ -250,7 +279,23 @@ class RunContext:
             parameter.grad = grad.detach()
         self._took(role)
         self._step(params, optimizers, None)
-        return Step(role)
+        return Step(role, None if loss is None else loss.detach())
+
+    def uncalled(self) -> list[str]:
+        """Plug-ins that were not called although an update of a role that they wrap took place."""
+        wanted: dict[type[Any], Role] = {
+            SourceTerms: "source",
+            StudentBatch: "student",
+            StudentGradient: "student",
+            StudentOptimizers: "student",
+        }
+        due = {
+            name
+            for hook, role in wanted.items()
+            if role in self.roles
+            for name, _ in self._hooks[hook]
+        }
+        return sorted(due - self.called)
 
     def _took(self, role: Role) -> None:
         # A misspelt role would silently escape every plug-in.
@@ -272,10 +317,11 @@ class RunContext:
             loss.total.backward(inputs=params)
             return loss.detach()
         size = len(batch)
-        if not 1 <= accumulate <= size:
+        if accumulate < 1 or size == 0:
             raise ContractError(f"got accumulate={accumulate} for a batch of {size} rows")
         parts = []
-        for rows in torch.arange(size).chunk(accumulate):
+        # A plug-in may have left fewer rows than slices were asked for.
+        for rows in torch.arange(size).chunk(min(accumulate, size)):
             part = batch.rows(slice(int(rows[0]), int(rows[-1]) + 1))
             loss = self._evaluate(role, model, loss_fn, part)
             share = len(rows) / size
@@ -301,13 +347,33 @@ class RunContext:
         name: str,
         plugin: StudentGradient,
         context: StudentUpdate,
-        following: Callable[[], Loss],
-    ) -> Callable[[], Loss]:
-        def call() -> Loss:
+        following: Following,
+    ) -> Following:
+        def call(on: Batch | None = None) -> Loss:
             self.called.add(name)
-            return plugin.student_gradient(context, following)
+            seen = context if on is None else replace(context, batch=on)
+
+            def inner(other: Batch | None = None) -> Loss:
+                return following(seen.batch if other is None else other)
+
+            return plugin.student_gradient(seen, inner)
 
         return call
+
+    def _student_optimizers(
+        self, model: nn.Module, given: tuple[Optimizer, ...], clip: float | None
+    ) -> tuple[tuple[Optimizer, ...], float | None]:
+        """What plug-ins step instead; optimizers of other modules stay with the method."""
+        if not self._hooks[StudentOptimizers]:
+            return given, clip
+        owned = {id(parameter) for parameter in model.parameters()}
+        of_student = tuple(o for o in given if any(id(p) in owned for p in self._params([o])))
+        others = tuple(o for o in given if o not in of_student)
+        for name, plugin in self._hooks[StudentOptimizers]:
+            chosen, clip = plugin.student_optimizers(of_student, clip)
+            of_student = tuple(chosen)
+            self.called.add(name)
+        return (*of_student, *others), clip
 
     def _step(
         self, params: list[nn.Parameter], optimizers: Sequence[Optimizer], clip: float | None
@@ -324,6 +390,7 @@ class RunContext:
         for parameter in params:
             parameter.grad = None
         self.progress.steps += 1
+        self.progress.round_steps += 1
 
     @staticmethod
     def _params(optimizers: Sequence[Optimizer]) -> list[nn.Parameter]:
@@ -347,6 +414,7 @@ class RunContext:
                 "round": self.progress.round,
                 "rounds": self.progress.rounds,
                 "steps": self.progress.steps,
+                "steps_per_round": self.progress.steps_per_round,
                 "finished": dict(self.progress.finished),
             },
             "rng": self.rng.get_state(),
@@ -367,6 +435,7 @@ class RunContext:
                 later takes its state over when it is asked for.
         """
         self.progress.steps = int(state["progress"]["steps"])
+        self.progress.steps_per_round = int(state["progress"]["steps_per_round"])
         self.rng.set_state(state["rng"])
         self._saved_generators = dict(state["generators"])
         for name, made in self._generators.items():
@@ -392,6 +461,12 @@ class RunContext:
             raise CheckpointError(
                 f"optimizer {name!r} does not fit the checkpoint: {error}"
             ) from error
+        # Fused kernels walk memory as it lies: moments must lie as their weight does, also for
+        # channels-last weights, whose layout a checkpoint does not keep.
+        for weight, values in entry.optimizer.state.items():
+            for key, value in values.items():
+                if isinstance(value, Tensor) and value.shape == weight.shape:
+                    values[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
         entry.steps = int(saved["steps"])
 
 
@@ -406,16 +481,57 @@ def _joined(parts: Sequence[tuple[float, Loss]]) -> Loss:
     losses = [loss for _, loss in parts]
     terms = {name: mean(loss.terms[name] for loss in losses) for name in losses[0].terms}
 
-    def rows(values: Sequence[Tensor | None]) -> Tensor | None:
+    def rows(values: Sequence[Inputs | None]) -> Inputs | None:
         present = [value for value in values if value is not None]
-        return torch.cat(present) if len(present) == len(losses) else None
+        return fold(join_rows, present) if len(present) == len(losses) else None
 
-    teacher = rows([None if loss.teacher is None else loss.teacher.logits for loss in losses])
-    student = rows([None if loss.student is None else loss.student.logits for loss in losses])
+    def logits(answers: Sequence[Prediction | None]) -> Prediction | None:
+        present = [answer.logits for answer in answers if answer is not None]
+        return Prediction(torch.cat(present)) if len(present) == len(losses) else None
+
     return Loss(
         terms,
         mean(loss.total for loss in losses),
         rows([loss.inputs for loss in losses]),
-        None if teacher is None else Prediction(teacher),
-        None if student is None else Prediction(student),
+        logits([loss.teacher for loss in losses]),
+        logits([loss.student for loss in losses]),
     )
+
+
+class ScopedContext:
+    """The context as a plug-in sees it: its names do not meet the method's or another plug-in's."""
+
+    def __init__(self, ctx: RunContext, scope: str) -> None:
+        self._ctx = ctx
+        self._scope = scope
+
+    @property
+    def rng(self) -> torch.Generator:
+        """A stream of the plug-in's own: what it draws changes nothing that the method draws."""
+        return self.generator("rng")
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run is."""
+        return self._ctx.progress
+
+    @property
+    def device(self) -> torch.device:
+        """Where the run computes."""
+        return self._ctx.device
+
+    def generator(self, name: str) -> torch.Generator:
+        """A further stream of the plug-in's own."""
+        return self._ctx.generator(f"{self._scope}/{name}")
+
+    def optimizer(
+        self,
+        name: str,
+        params: Iterable[nn.Parameter],
+        factory: OptimizerFactory,
+        schedule: Schedule | None = None,
+        *,
+        fresh: bool = False,
+    ) -> Optimizer:
+        """An optimizer of the plug-in's own."""
+        return self._ctx.optimizer(f"{self._scope}/{name}", params, factory, schedule, fresh=fresh)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vestige.core.functional import functional
-from vestige.core.types import Loss, predict
+from vestige.core.types import Inputs, Loss, predict
 
 # Set on runs of adversarial and plain distillation of a digit classifier: healthy runs cover at
 # least 95 % of the classes and drift by less than 5 % a round, collapsed ones cover at most 65 % or
@@ -61,7 +61,7 @@ class Diagnosis:
         self._counts: Tensor | None = None
         self._agreed: Tensor | None = None
         self._seen = 0
-        self._last_inputs: Tensor | None = None
+        self._last_inputs: Inputs | None = None
 
     def observe(self, loss: Loss) -> None:
         """Take in one student update: its teacher's and student's predictions before the step."""
@@ -127,13 +127,14 @@ class Diagnosis:
         return [Finding(code, "warning", text, _knob(code, settings)) for code, text in found]
 
 
-def train_eval_agreement(student: nn.Module, inputs: Tensor) -> float:
+def train_eval_agreement(student: nn.Module, inputs: Inputs) -> float:
     """Share of `inputs` that get the same class in train and in eval mode.
 
     Neither the live running statistics nor the training flags are changed.
     """
     flags = {module: module.training for module in student.modules()}
-    devices = [inputs.device] if inputs.is_cuda else []
+    first = inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))
+    devices = [first.device] if first.is_cuda else []
     try:
         with torch.no_grad(), torch.random.fork_rng(devices):
             # At the flags it is trained with: a BatchNorm that the user froze stays frozen.

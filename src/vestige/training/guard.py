@@ -8,6 +8,7 @@ by compiled readers, raise no audit event and are not seen.
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ class Watch:
     method: str
     allowed: tuple[Path, ...] = ()
     opened: list[str] = field(default_factory=list)
+    made: set[str] = field(default_factory=set)
     active: bool = True
 
 
@@ -46,7 +48,13 @@ def _audit(event: str, arguments: tuple[object, ...]) -> None:
     if not isinstance(target, str | bytes | os.PathLike):
         return
     path = os.path.realpath(os.fsdecode(target))
-    if _writes(mode, flags) or path.startswith(_SYSTEM) or _is_code(path) or os.path.isdir(path):
+    if _writes(mode, flags):
+        # What the method makes while it runs (shards of a pool, say) it may read again.
+        watch.made.add(path)
+        return
+    if path in watch.made or _is_code(path) or os.path.isdir(path):
+        return
+    if path.startswith((*_SYSTEM, *_compiler())):
         return
     if any(path == str(root) or path.startswith(f"{root}{os.sep}") for root in watch.allowed):
         watch.opened.append(path)
@@ -55,6 +63,14 @@ def _audit(event: str, arguments: tuple[object, ...]) -> None:
         f"{watch.method!r} opened {path} while it ran, expected no file but those of its declared "
         "sources; hand real data in as a source of the recipe"
     )
+
+
+def _compiler() -> tuple[str, ...]:
+    """Where torch's compiler keeps its templates and what it compiled."""
+    torch = sys.modules.get("torch")
+    home = os.path.dirname(os.path.realpath(str(torch.__file__))) if torch is not None else ""
+    cache = os.path.join(os.path.realpath(tempfile.gettempdir()), "torchinductor_")
+    return (f"{home}{os.sep}", cache) if home else (cache,)
 
 
 def _writes(mode: object, flags: object) -> bool:

@@ -22,10 +22,16 @@ Callback = Callable[[Event], None]
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, in the order of steps; None keeps nothing."""
+    """`metrics.jsonl`: one JSON object a line, in the order of steps; None keeps nothing.
+
+    Attributes:
+        path: the file, or None.
+        rows: number of rows that were written.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+        self.rows = 0
         self._rows: list[str] = []
 
     def add(self, kind: str, **values: Any) -> None:
@@ -38,21 +44,16 @@ class MetricsFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf8") as stream:
                 stream.write("\n".join(self._rows) + "\n")
+            self.rows += len(self._rows)
         self._rows.clear()
 
-    def restart(self, after_step: int) -> None:
-        """Drop rows beyond `after_step`, and a last line that a kill cut short."""
+    def restart(self, rows: int) -> None:
+        """Keep the first `rows` rows, which a checkpoint knows of; what came later is repeated."""
         self._rows.clear()
+        self.rows = rows
         if self.path is None or not self.path.is_file():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            if row.get("step", 0) <= after_step:
-                kept.append(line)
+        kept = self.path.read_text(encoding="utf8").splitlines()[:rows]
         write_text(self.path, "".join(f"{line}\n" for line in kept))
 
 

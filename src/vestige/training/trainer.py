@@ -16,12 +16,21 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from vestige.core import modes, seeding
-from vestige.core.protocols import Method, Plugin, Sharded, Source, Stateful, Task, Teacher
+from vestige.core.protocols import (
+    HoldsNetworks,
+    Method,
+    Plugin,
+    Sharded,
+    Source,
+    Stateful,
+    Task,
+    Teacher,
+)
 from vestige.core.types import Result, Step
 from vestige.errors import CheckpointError, ContractError, Interrupted, NonFiniteLossError
 from vestige.training import guard, runtime
 from vestige.training.checkpoint import CheckpointStore
-from vestige.training.context import RunContext
+from vestige.training.context import RunContext, ScopedContext
 from vestige.training.diagnosis import Diagnosis, Finding
 from vestige.training.tracking import Callback, Event, MetricsFile
 
@@ -32,7 +41,7 @@ _SAMPLE_BATCHES, _SAMPLE_ROWS, _SAMPLE_BYTES = 8, 64, 16 * 2**20
 
 
 class TrainerConfig(BaseModel):
-    """How a run is driven; nothing here changes what is learned.
+    """How a run is driven; apart from budgets nothing here is meant to change what is learned.
 
     Attributes:
         device: "auto" takes a GPU if there is one, else "cpu", "cuda" or "cuda:1".
@@ -79,6 +88,12 @@ class Outcome:
     teacher_queries: int = 0
     samples: tuple[Tensor, Tensor] | None = None
     complete: bool = True
+
+    @property
+    def network(self) -> nn.Module | None:
+        """The result, if it is a network."""
+        found = self.result.object
+        return found if isinstance(found, nn.Module) else None
 
 
 class Trainer:
@@ -172,11 +187,12 @@ class Trainer:
             guard.watching(type(self.method).__name__, allowed),
         ):
             with guard.pausing():
-                for _, part in self._all_parts():
-                    if isinstance(part, nn.Module):
-                        part.to(self.device)
-            for plugin in self.plugins.values():
-                plugin.setup(self.task, self.teachers, self._student(), self.ctx)
+                for network in self._networks().values():
+                    network.to(self.device)
+            for name, plugin in self.plugins.items():
+                plugin.setup(
+                    self.task, self.teachers, self._student(), ScopedContext(self.ctx, name)
+                )
             with guard.pausing():
                 self._tell("start", resumed=self._saved is not None, step=self._checkpoint_step)
             for step in self.method.run(self.ctx):
@@ -238,8 +254,9 @@ class Trainer:
         student = self._pending.get("student")
         if student is not None and student.loss is not None and student.loss.inputs is not None:
             teacher = student.loss.teacher
-            if teacher is not None and teacher.logits.dim() == 2:
-                self._keep_samples(student.loss.inputs, teacher.logits)
+            inputs = student.loss.inputs
+            if teacher is not None and teacher.logits.dim() == 2 and isinstance(inputs, Tensor):
+                self._keep_samples(inputs, teacher.logits)
         self._pending.clear()
 
     def _keep_samples(self, inputs: Tensor, logits: Tensor) -> None:
@@ -260,14 +277,14 @@ class Trainer:
             f"{self._checkpoint_step}, is kept"
         )
 
-    def _check_weights(self, parts: Mapping[str, Any]) -> None:
+    def _check_weights(self) -> None:
         """A finite loss may break weights in its last update; such a state is not kept."""
-        for name, part in parts.items():
-            for weight, values in part.named_parameters() if isinstance(part, nn.Module) else ():
-                if not torch.isfinite(values).all():
+        for name, network in self._networks().items():
+            for key, values in network.state_dict().items():
+                if isinstance(values, Tensor) and not torch.isfinite(values).all():
                     raise NonFiniteLossError(
-                        f"weights of {name!r} ({weight}) became NaN or infinite by step "
-                        f"{self.ctx.progress.steps}, expected finite ones; lower the learning "
+                        f"{key!r} of {name!r} became NaN or infinite by step "
+                        f"{self.ctx.progress.steps}, expected finite values; lower the learning "
                         "rates or set a gradient clip. The last checkpoint, at step "
                         f"{self._checkpoint_step}, is kept"
                     )
@@ -284,6 +301,7 @@ class Trainer:
             position = self._saved["context"]["progress"]
             if name in position["finished"]:
                 self._restore(complete=False)
+                self.ctx.rounds_done[name] = int(position["finished"][name])
                 return n
             if name != position["loop"]:
                 raise CheckpointError(
@@ -293,6 +311,8 @@ class Trainer:
             done = int(position["round"])
             self._restore(complete=done < n)
             self._saved = None
+            # A budget that was spent before the run was resumed is spent.
+            self.ctx.stopping = self._out_of_budget()
             return done
 
     def _end_round(self) -> bool:
@@ -333,21 +353,27 @@ class Trainer:
             return not stop
 
     def _check_plugins(self) -> None:
-        uncalled = sorted(set(self.plugins) - self.ctx.called)
-        if uncalled and "student" in self.ctx.roles:
+        uncalled = self.ctx.uncalled()
+        if uncalled:
             raise ContractError(
-                f"plug-ins {uncalled} were not called in a round that updated the student; "
-                f"{type(self.method).__name__} does not route its updates through ctx.update"
+                f"plug-ins {uncalled} were not called in a round with updates that they wrap; "
+                f"{type(self.method).__name__} does not route these through ctx.update"
             )
 
+    def _judged(self) -> nn.Module | None:
+        """What the user gets, if it is a network; else the student."""
+        found = self.method.result().object
+        return found if isinstance(found, nn.Module) else self.student
+
     def _evaluate(self) -> None:
-        if self.evaluate is None or self.student is None:
+        network = None if self.evaluate is None else self._judged()
+        if self.evaluate is None or network is None:
             return
         progress = self.ctx.progress
         with seeding.preserved():
-            saved = modes.flags(self.student)
-            scores = dict(self.evaluate(self.student))
-            modes.set_flags(self.student, saved)
+            saved = modes.flags(network)
+            scores = dict(self.evaluate(network))
+            modes.set_flags(network, saved)
         self.scores.append({"step": progress.steps, **scores})
         self._metrics.add("evaluation", step=progress.steps, round=progress.round, scores=scores)
         self._tell("evaluation", step=progress.steps, scores=scores)
@@ -384,8 +410,9 @@ class Trainer:
         if not self.scores or self.scores[-1]["step"] != self.ctx.progress.steps:
             self._evaluate()
         self._metrics.flush()
-        if self.student is not None:
-            self.student.eval()
+        for network in (self.student, self._judged()):
+            if network is not None:
+                network.eval()
         settings = getattr(self.method, "Config", None)
         findings = self.diagnosis.findings(getattr(settings, "model_fields", None))
         for finding in findings:
@@ -407,11 +434,11 @@ class Trainer:
             return
         if not resume:
             self._store.clear()
-            self._metrics.restart(after_step=-1)
+            self._metrics.restart(0)
             return
         self._saved = self._store.load()
         if self._saved is None:
-            self._metrics.restart(after_step=-1)
+            self._metrics.restart(0)
             return
         changed = sorted(
             key
@@ -426,7 +453,7 @@ class Trainer:
         self._number = int(self._saved["number"])
         self._seconds_before = float(self._saved["seconds"])
         self._checkpoint_step = int(self._saved["context"]["progress"]["steps"])
-        self._metrics.restart(after_step=self._checkpoint_step)
+        self._metrics.restart(int(self._saved["rows"]))
 
     def _all_parts(self) -> Iterator[tuple[str, Any]]:
         for name, part in self.method.parts().items():
@@ -438,23 +465,34 @@ class Trainer:
             if isinstance(teacher, Stateful) and not isinstance(teacher, nn.Module):
                 yield f"teacher.{index}", teacher
 
+    def _networks(self) -> dict[str, nn.Module]:
+        """Parts that are modules, and the modules that other parts hold."""
+        found: dict[str, nn.Module] = {}
+        for name, part in self._all_parts():
+            if isinstance(part, nn.Module):
+                found[name] = part
+            elif isinstance(part, HoldsNetworks):
+                found |= {f"{name}/{key}": net for key, net in part.networks().items()}
+        return found
+
     def _checkpoint(self) -> None:
         if self._store is None:
             return
         parts = dict(self._all_parts())
-        self._check_weights(parts)
+        self._check_weights()
         state = {
             "identity": self.identity,
             "number": self._number,
             "seconds": self._seconds(),
             "context": self.ctx.state(),
             "parts": {n: p.state_dict() for n, p in parts.items() if isinstance(p, Stateful)},
-            "flags": {n: modes.flags(p) for n, p in parts.items() if isinstance(p, nn.Module)},
+            "flags": {name: modes.flags(net) for name, net in self._networks().items()},
             "globals": seeding.global_state(),
             "diagnosis": self.diagnosis.state_dict(),
             "scores": self.scores,
             "queries": [getattr(teacher, "queries", 0) for teacher in self.teachers],
             "samples": self._samples,
+            "rows": self._metrics.rows,
         }
         growing = {name: part for name, part in parts.items() if isinstance(part, Sharded)}
         self._store.save(self._number, state, growing)
@@ -465,25 +503,30 @@ class Trainer:
         if saved is None or store is None:
             return
         parts = dict(self._all_parts())
-        stateful = {name: part for name, part in parts.items() if isinstance(part, Stateful)}
-        if set(stateful) != set(saved["parts"]):
-            differing = sorted(set(stateful) ^ set(saved["parts"]))
+        known = {*saved["parts"], *saved["shards"]}
+        # A part that is made between two loops does not exist yet while the first is skipped.
+        if complete and set(parts) != known:
             raise CheckpointError(
-                f"checkpoint and run differ in the parts {differing}; it is of another method or "
-                "version"
+                f"checkpoint and run differ in the parts {sorted(set(parts) ^ known)}; it is of "
+                "another method or version"
             )
-        for name, part in stateful.items():
+        for name, part in parts.items():
+            if name not in known:
+                continue
             try:
-                part.load_state_dict(saved["parts"][name])
-            except RuntimeError as error:
+                if isinstance(part, Stateful):
+                    part.load_state_dict(saved["parts"][name])
+                if isinstance(part, Sharded):
+                    part.load_shards(store.shards(saved["shards"][name]))
+            except (RuntimeError, KeyError) as error:
+                if isinstance(error, ContractError):
+                    raise
                 raise CheckpointError(
                     f"part {name!r} does not fit the checkpoint: {error}"
                 ) from error
-        for name, part in parts.items():
-            if isinstance(part, Sharded):
-                part.load_shards(store.shards(saved["shards"][name]))
-            if isinstance(part, nn.Module):
-                modes.set_flags(part, saved["flags"][name])
+        for name, network in self._networks().items():
+            if name in saved["flags"]:
+                modes.set_flags(network, saved["flags"][name])
         for teacher, queries in zip(self.teachers, saved["queries"], strict=True):
             if hasattr(teacher, "queries"):
                 teacher.queries = queries
