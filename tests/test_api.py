@@ -15,9 +15,16 @@ from torch import nn
 
 import vestige
 from vestige.core.types import InputSpec
-from vestige.errors import CheckpointError, RecipeError, ShapeError, TeacherError
+from vestige.errors import (
+    AccessError,
+    CheckpointError,
+    RecipeError,
+    ShapeError,
+    TeacherError,
+)
 from vestige.recipes.catalog import METHODS
 from vestige.sources.noise import NoiseSource
+from vestige.teachers.black_box import BlackBoxTeacher
 from vestige.training.tracking import Event
 
 SMALL = {
@@ -186,7 +193,7 @@ def test_a_callable_judges(nets):
     assert report.summary["student"]["score"] == 0.5
     assert report.summary["teacher"]["score"] == 0.75
     assert {id(model) for model in asked} == {id(nets[0]), id(nets[1])}
-    with pytest.raises(RecipeError, match=r"evaluate returned \['f1'\], expected 'accuracy'"):
+    with pytest.raises(RecipeError, match=r"f1.*, expected a mapping with 'accuracy'"):
         distill(*nets, evaluate=lambda model: {"f1": 1.0})
 
 
@@ -478,3 +485,57 @@ def test_load_teacher_is_the_documented_one():
     assert not teacher.training
     with pytest.raises(TeacherError, match="builtin:"):
         vestige.load_teacher("digits")
+
+
+def test_memory_shared_with_the_teacher_is_refused(nets):
+    # The natural way to start from the teacher, and new Parameter objects over the same memory.
+    student = copy.deepcopy(nets[0])
+    student.load_state_dict(nets[0].state_dict(), assign=True)
+    with pytest.raises(TeacherError, match="share weights"):
+        distill(nets[0], student)
+    buffers = copy.deepcopy(nets[0])
+    buffers.look[1].running_mean = nets[0].look[1].running_mean
+    with pytest.raises(TeacherError, match="share weights"):
+        distill(nets[0], buffers)
+
+
+def test_lazy_layers_get_their_weights(nets):
+    student = nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
+    report = distill(nets[0], student)
+    assert report.student[1].weight.shape[0] == 3
+
+
+@pytest.mark.parametrize(
+    "value", [None, 0.5, "good", {"accuracy": "x"}, {"accuracy": float("nan")}]
+)
+def test_what_a_callable_returns_is_checked(value, nets):
+    with pytest.raises(RecipeError, match="evaluate returned"):
+        distill(*nets, evaluate=lambda model: value)
+
+
+def test_a_callable_may_return_tensors(nets):
+    report = distill(*nets, evaluate=lambda model: {"accuracy": torch.tensor(0.5)})
+    assert report.summary["student"]["score"] == 0.5
+
+
+def test_a_black_box_with_a_budget_is_a_teacher(nets):
+    box = BlackBoxTeacher(nets[0], budget=16)
+    config = {"rounds": 1, "iterations": 2, "batch_size": 8}
+    noise = {"inputs": torch.randn(32, *SPEC.shape)}
+    asked = {"method": "kd", "config": config, "sources": noise, "spec": SPEC, "num_classes": 3}
+    report = vestige.distill(box, nets[1], device="cpu", **asked)
+    assert (box.queries, report.summary["teacher_queries"]) == (16, 16)
+    with pytest.raises(AccessError):
+        distill(box, nets[1])
+
+
+def test_a_budget_that_ended_the_run_is_told(nets):
+    report = distill(*nets, budget={"steps": 1})
+    assert report.summary["complete"] is False
+    assert "stopped-by-budget" in [note["code"] for note in report.summary["diagnosis"]]
+
+
+def test_the_variant_is_named(nets):
+    assert distill(*nets).summary["variant"] == ""
+    named = distill(*nets, config={"bn_weight": 1.0}).summary["variant"]
+    assert named == "BN statistics"

@@ -1,6 +1,7 @@
 """The Python entry points: distill, load a teacher, list what there is."""
 
 import datetime
+import math
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +13,16 @@ from torch import Tensor, nn
 
 from vestige.core.protocols import Source, Task, Teacher
 from vestige.core.types import InputSpec, Requires, count_parameters
-from vestige.errors import RecipeError, ShapeError, TeacherError
-from vestige.recipes.build import build_method, build_plugins
+from vestige.errors import ContractError, RecipeError, ShapeError, TeacherError
+from vestige.recipes.build import build_method, build_plugins, variant_of
 from vestige.recipes.catalog import METHODS, TASKS, describe_methods
 from vestige.recipes.run import check_folder, record_start
 from vestige.recipes.schema import explain
 from vestige.sources.images import TensorSource
 from vestige.teachers.loading import fingerprint, load_teacher
-from vestige.teachers.white_box import WhiteBoxTeacher
+from vestige.teachers.white_box import WhiteBoxTeacher, check_finite
 from vestige.training import runtime
-from vestige.training.files import write_json
+from vestige.training.files import locked, write_json
 from vestige.training.report import write_report
 from vestige.training.summary import (
     RealData,
@@ -111,18 +112,19 @@ def distill(
     where = runtime.device(device)
     handed = list(teacher) if isinstance(teacher, Sequence) else [teacher]
     networks = [one for one in handed if isinstance(one, nn.Module)]
-    if any(set(student.parameters()) & set(network.parameters()) for network in networks):
+    judged: Task = TASKS.get(task)(spec, num_classes)
+    # First, so that lazy layers get their weights. A black box is not asked, since that may cost;
+    # several teachers may know other classes.
+    for network in networks:
+        check_finite(network)
+    for network in [student, *(networks if len(handed) == 1 else ())]:
+        judged.check(network.to(where))
+    if any(_memory(student) & _memory(network) for network in networks):
         raise TeacherError(
             "teacher and student share weights, expected two networks; make the student anew "
             "(copy.deepcopy if it is to start from the teacher)"
         )
     teachers = [_frozen(one, where) for one in handed]
-    student.to(where)
-    judged: Task = TASKS.get(task)(spec, num_classes)
-    # A black box is not asked, since that may cost; several teachers may know other classes.
-    for network in networks if len(handed) == 1 else ():
-        judged.check(network)
-    judged.check(student)
     given = {name: _source(name, source, where) for name, source in (sources or {}).items()}
     _check_sources(method, chosen.requires, given)
     listed = [item if isinstance(item, tuple) else (item, {}) for item in plugins]
@@ -169,11 +171,17 @@ def distill(
         ),
         student_card={"class": f"{type(student).__module__}:{type(student).__qualname__}"},
         command="vestige.distill(...)",
+        variant=variant_of(built),
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     if folder is not None:
         record_start(trainer, folder, facts)
-    outcome = trainer.run(resume=resume)
+    with locked(folder):
+        outcome = trainer.run(resume=resume)
+    if weights != ", ".join(fingerprint(network) for network in networks):
+        raise ContractError(
+            "the teacher's weights changed during the run; its student is worthless"
+        )
     trained = outcome.network or student
     summary = summarize(facts, outcome, judged, trained, where)
     if folder is not None:
@@ -219,6 +227,15 @@ def _trainer_config(budget: Mapping[str, float], device: str) -> TrainerConfig:
         raise RecipeError(problems) from None
 
 
+def _memory(network: nn.Module) -> set[int]:
+    """Where the weights and buffers of `network` lie; tensors may be two and share it."""
+    return {
+        tensor.untyped_storage().data_ptr()
+        for tensor in network.state_dict(keep_vars=True).values()
+        if isinstance(tensor, Tensor) and tensor.numel()
+    }
+
+
 def _frozen(teacher: nn.Module | Teacher, device: Any) -> Teacher:
     if isinstance(teacher, WhiteBoxTeacher) or not isinstance(teacher, nn.Module):
         return teacher
@@ -226,6 +243,11 @@ def _frozen(teacher: nn.Module | Teacher, device: Any) -> Teacher:
 
 
 def _source(name: str, source: Source | Tensor, device: Any) -> Source:
+    if not isinstance(source, Tensor) and not hasattr(source, "draw"):
+        raise RecipeError(
+            f"sources.{name}: got {type(source).__name__}, expected a tensor of inputs or an "
+            "object with draw(count, rng); convert arrays by torch.from_numpy"
+        )
     if isinstance(source, Tensor):
         return TensorSource(source.to(device), origin="foreign", name=name)
     return source
@@ -251,12 +273,18 @@ def _judge(task: Task, evaluate: tuple[Tensor, Tensor] | Evaluate | None) -> Eva
 
 def _checked(task: Task, evaluate: Evaluate) -> Evaluate:
     def judge(model: nn.Module) -> Mapping[str, float]:
-        scores = evaluate(model)
-        if task.metric not in scores:
+        scores: Any = evaluate(model)
+        if not isinstance(scores, Mapping) or task.metric not in scores:
             raise RecipeError(
-                f"evaluate returned {sorted(scores)}, expected {task.metric!r} among them"
+                f"evaluate returned {scores!r}, expected a mapping with {task.metric!r}"
             )
-        return scores
+        try:
+            plain = {str(name): float(value) for name, value in scores.items()}
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"evaluate returned {scores!r}, expected numbers: {error}") from error
+        if not all(math.isfinite(value) for value in plain.values()):
+            raise RecipeError(f"evaluate returned {plain}, expected finite numbers")
+        return plain
 
     return judge
 

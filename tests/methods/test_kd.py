@@ -203,7 +203,7 @@ def test_a_generator_source_resumes_with_its_running_statistics(
 
 def test_scores_of_a_black_box_suffice(tiny_teacher, tiny_student):
     teacher = BlackBoxTeacher(tiny_teacher)
-    check_requirements("kd", KD.requires, [teacher], {"inputs": NoiseSource(SPEC)})
+    check_requirements("kd", KD.requires, TASK, [teacher], {"inputs": NoiseSource(SPEC)})
     before = tiny_student[0].weight.clone()
     outcome = train(make(teacher, tiny_student))
     assert outcome.teacher_queries == teacher.queries == 2 * 3 * 8
@@ -213,9 +213,9 @@ def test_scores_of_a_black_box_suffice(tiny_teacher, tiny_student):
 def test_labels_of_a_black_box_do_not(tiny_teacher):
     teacher = BlackBoxTeacher(tiny_teacher, access=Access.LABELS)
     with pytest.raises(AccessError, match="'kd' needs scores access, the teacher offers labels"):
-        check_requirements("kd", KD.requires, [teacher], {"inputs": NoiseSource(SPEC)})
+        check_requirements("kd", KD.requires, TASK, [teacher], {"inputs": NoiseSource(SPEC)})
 
 
 def test_a_missing_source_is_named(tiny_teacher):
     with pytest.raises(RecipeError, match=r"'kd' needs the sources \['inputs'\]"):
-        check_requirements("kd", KD.requires, [WhiteBoxTeacher(tiny_teacher)], {})
+        check_requirements("kd", KD.requires, TASK, [WhiteBoxTeacher(tiny_teacher)], {})

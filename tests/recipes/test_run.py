@@ -5,13 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from vestige.core.types import InputSpec, Result
 from vestige.data.image import load_images, to_inputs
-from vestige.errors import CheckpointError, RecipeError
+from vestige.errors import CheckpointError, DataError, RecipeError
 from vestige.models.factory import build_model
 from vestige.recipes.build import build
 from vestige.recipes.run import run_arms, run_recipe
@@ -54,7 +55,7 @@ SUMMARY = {
     "result": dict,
 }
 # What another run of the same thing on the same machine may differ in.
-VOLATILE = {"seconds", "peak_memory_mib"}
+VOLATILE = {"seconds", "seconds_all_arms", "peak_memory_mib"}
 
 
 class Killed(BaseException):
@@ -434,3 +435,45 @@ def test_a_recipe_without_arms_has_none_to_run(smoke: Recipe, tmp_path: Path):
     with pytest.raises(RecipeError, match="has no arms"):
         run_arms(smoke, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    from vestige.training.files import locked
+
+    out = tmp_path / "run"
+    with locked(out), pytest.raises(RecipeError, match="another process is running in"):
+        run_recipe(load_recipe("kd", preset="smoke"), out)
+    assert run_recipe(load_recipe("kd", preset="smoke"), out)["steps"] == 4
+    assert not (out / ".lock").exists()
+
+
+def test_data_of_other_classes_is_refused_before_training(tmp_path):
+    folder = tmp_path / "four"
+    folder.mkdir()
+    images = np.zeros((8, 16, 16), dtype=np.uint8)
+    for split in ("train", "test"):
+        np.savez(folder / f"{split}.npz", x=images, y=np.arange(8) % 4, classes=list("abcd"))
+    with pytest.raises(DataError, match=r"got 4 classes in .*, expected 10"):
+        run_recipe(load_recipe("kd", preset="smoke", overrides=[f"data={folder}"]), tmp_path / "r")
+
+
+def test_arms_with_other_teachers_are_not_compared(tmp_path):
+    out = tmp_path / "run"
+    recipe = load_recipe("demo", preset="smoke")
+    run_arms(recipe, out)
+    record = json.loads((out / "arms/noise/run.json").read_text())
+    (out / "arms/noise/run.json").write_text(
+        json.dumps({**record, "teacher_fingerprint": "0" * 64})
+    )
+    with pytest.raises(RecipeError, match="had different teachers"):
+        run_arms(recipe, out, resume=True)
+
+
+def test_arms_that_a_budget_stopped_go_on(tmp_path):
+    out = tmp_path / "run"
+    short = load_recipe("demo", preset="smoke", overrides=["trainer.max_steps=1"])
+    stopped = run_arms(short, out)
+    assert not stopped["complete"]
+    whole = run_arms(load_recipe("demo", preset="smoke"), out, resume=True)
+    assert whole["complete"]
+    assert whole["steps"] > stopped["steps"]

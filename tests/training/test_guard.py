@@ -3,9 +3,11 @@
 import gzip
 import os
 import pathlib
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,55 @@ from vestige.recipes.catalog import METHODS
 from vestige.sources.noise import NoiseSource
 from vestige.tasks.classification import Classification
 from vestige.teachers.white_box import WhiteBoxTeacher
-from vestige.training.guard import pausing, watching
+from vestige.training import guard
+from vestige.training.guard import pausing
 from vestige.training.trainer import Trainer, TrainerConfig
+
+
+@contextmanager
+def watching(*arguments):
+    """The library's, but a refusal that a test caught inside is not told again at its end."""
+    with guard.watching(*arguments) as watch:
+        try:
+            yield watch
+        finally:
+            watch.refused.clear()
+
+
+def test_a_refusal_that_was_swallowed_is_told_at_the_end(tmp_path):
+    secret = tmp_path / "images.npy"
+    secret.write_bytes(b"1")
+    told = pytest.raises(RealDataError, match=r"'peeker' tried to open .*images\.npy")
+    with told, guard.watching("peeker"), suppress(OSError):
+        secret.read_bytes()
+    # Also where the swallowed refusal led to another error.
+    with told, guard.watching("peeker"):
+        try:
+            secret.read_bytes()
+        except OSError as error:
+            raise ValueError("the file is damaged") from error
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        lambda path: subprocess.check_output(["cat", path]),
+        lambda path: os.system(f"cat {path}"),
+    ],
+    ids=["subprocess", "os.system"],
+)
+def test_other_programs_are_refused(start, tmp_path):
+    told = pytest.raises(RealDataError, match="started another program")
+    with told, guard.watching("peeker"):
+        start(str(tmp_path / "images.npy"))
+
+
+def test_what_was_made_meanwhile_may_be_read_again(tmp_path):
+    shard = tmp_path / "shard.npy"
+    with guard.watching("maker"):
+        np.save(shard, np.arange(3))
+        assert np.load(shard, mmap_mode="r")[2] == 2
+
 
 _NUMBER = count()
 

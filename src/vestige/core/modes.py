@@ -9,9 +9,12 @@ from torch import nn
 def train_mode(module: nn.Module) -> None:
     """Put `module` into train mode, but leave frozen layers as they are.
 
-    A layer is frozen when it is in eval mode and none of its own weights takes a gradient although
-    it has some: a BatchNorm that somebody froze keeps its statistics.
+    In a module that is in train mode already, a layer in eval mode was put there on purpose. In one
+    that is in eval mode as a whole, a layer is frozen when none of its own weights takes a gradient
+    although it has some. A BatchNorm that somebody froze keeps its statistics.
     """
+    if module.training:
+        return
     for layer in module.modules():
         own = list(layer.parameters(recurse=False))
         if layer.training or not own or any(weight.requires_grad for weight in own):

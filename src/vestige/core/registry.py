@@ -46,7 +46,7 @@ class Registry:
             return self._class_in(importlib.import_module(modules[name]))
         foreign = self._entry_points()
         if name in foreign:
-            return foreign[name].load()
+            return self._load(foreign[name])
         known = self.names()
         near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -54,6 +54,22 @@ class Registry:
         raise RecipeError(
             f"got {self.kind} {name!r}, {expected}; {hint}See 'vestige list {self.kind}s'."
         )
+
+    def _load(self, point: Any) -> Any:
+        try:
+            found = point.load()
+        except (ImportError, AttributeError) as error:
+            raise ContractError(
+                f"{self.kind} {point.name!r} is offered by another distribution and cannot be "
+                f"loaded: {error}; update or uninstall it"
+            ) from error
+        lacking = [mark for mark in self._marks if not hasattr(found, mark)]
+        if lacking:
+            raise ContractError(
+                f"{self.kind} {point.name!r} of another distribution lacks {', '.join(lacking)}; "
+                "update or uninstall it"
+            )
+        return found
 
     def _modules(self) -> dict[str, str]:
         package = importlib.import_module(self._package)

@@ -3,8 +3,11 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
+
+Share = Annotated[float, Field(ge=0, le=1)]
 ScheduleName = Literal["constant", "cosine", "multistep"]
 
 

@@ -311,6 +311,8 @@ class Requires:
         extras: optional packages, as named in the project's extras.
         teachers: smallest and largest number of teachers.
         student: whether it trains a student; where not, it is handed None.
+        roles: roles that it updates, so that a plug-in which wraps others is refused at once; ()
+            leaves that to be found out while it runs.
         closed_to: names of plug-ins that cannot work on it; "*" means all.
     """
 
@@ -322,6 +324,7 @@ class Requires:
     extras: tuple[str, ...] = ()
     teachers: tuple[int, int] = (1, 1)
     student: bool = True
+    roles: tuple[Role, ...] = ()
     closed_to: tuple[str, ...] = ()
 
 

@@ -75,7 +75,7 @@ class DFADConfig(BaseModel):
         replay_size: earlier fakes kept. 4096, our choice: 16 batches of 256.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rounds: int = Field(500, ge=1)
     iterations: int = Field(50, ge=1)
@@ -86,7 +86,7 @@ class DFADConfig(BaseModel):
     student_weight_decay: float = Field(5e-4, ge=0)
     generator_lr: float = Field(1e-3, gt=0)
     schedule: schedules.ScheduleName = "multistep"
-    milestones: tuple[float, ...] = (0.2, 0.4)
+    milestones: tuple[schedules.Share, ...] = (0.2, 0.4)
     generator: Literal["upsample", "dcgan"] = "upsample"
     generator_width: int = Field(64, ge=1)
     latent_dim: int = Field(256, ge=1)
@@ -102,7 +102,7 @@ class DFAD:
     """Alternates a student that imitates and a generator that looks for disagreement."""
 
     Config = DFADConfig
-    requires = Requires(tasks=("classification", "segmentation"))
+    requires = Requires(tasks=("classification", "segmentation"), roles=("student", "source"))
 
     def __init__(
         self,
@@ -215,6 +215,16 @@ class DFAD:
     def latent(self, count: int, ctx: Context) -> Tensor:
         """Noise (count, Z), standard normal."""
         return torch.randn(count, self.cfg.latent_dim, generator=ctx.rng, device=ctx.device)
+
+    def variant(self) -> str:
+        """The options that are on, in words; "" is DFAD as published."""
+        options = {
+            "BN statistics": self.cfg.bn_weight > 0,
+            "class balance": self.cfg.balance_weight > 0,
+            "replay": self.cfg.replay > 0,
+            "student in eval mode": self.cfg.student_mode == "eval",
+        }
+        return ", ".join(name for name, on in options.items() if on)
 
     def result(self) -> Result:
         """The trained student."""

@@ -42,7 +42,7 @@ class KDConfig(BaseModel):
         temperature: of "kl". 4, our choice; higher compares small probabilities more.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rounds: int = Field(200, ge=1)
     iterations: int = Field(250, ge=1)
@@ -51,7 +51,7 @@ class KDConfig(BaseModel):
     student_lr: float = Field(0.1, gt=0)
     student_weight_decay: float = Field(5e-4, ge=0)
     schedule: schedules.ScheduleName = "cosine"
-    milestones: tuple[float, ...] = (0.5, 0.75)
+    milestones: tuple[schedules.Share, ...] = (0.5, 0.75)
     loss: Literal["kl", "l1"] = "kl"
     temperature: float = Field(4.0, gt=0)
 
@@ -61,7 +61,10 @@ class KD:
 
     Config = KDConfig
     requires = Requires(
-        access=Access.SCORES, tasks=("classification", "segmentation"), sources=("inputs",)
+        access=Access.SCORES,
+        tasks=("classification", "segmentation"),
+        sources=("inputs",),
+        roles=("student",),
     )
 
     def __init__(

@@ -19,6 +19,7 @@ from vestige.core.protocols import DataSet, Plugin, Source, Task, Teacher
 from vestige.core.types import Access, InputSpec, Requires, count_parameters
 from vestige.errors import (
     AccessError,
+    DataError,
     MissingExtraError,
     NoBatchNormError,
     RecipeError,
@@ -111,6 +112,11 @@ def build(
     classes = first.classes
     if recipe.data is not None:
         test = DATA.get(spec.kind).open(recipe.data, "test")
+        if test.classes and len(test.classes) != task.num_classes:
+            raise DataError(
+                f"got {len(test.classes)} classes in {test.name}, expected {task.num_classes} as "
+                "the student has; judge it on data of its own classes"
+            )
         classes = classes or test.classes
         read.append(_record(test, "real", "evaluation", "evaluation"))
         evaluate = _evaluation(task, test.examples(spec))
@@ -161,6 +167,7 @@ def build(
             "classes": list(classes),
         },
         command=command,
+        variant=variant_of(method),
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     return Job(trainer, task, facts, classes, student)
@@ -323,6 +330,12 @@ def build_method(
     allowed = tuple(path for source in sources.values() for path in source.paths)
     with seeding.seeded(seed, "generator"), guard.watching(name, allowed):
         return method(config, task, teachers, student, sources)
+
+
+def variant_of(method: Any) -> str:
+    """Which options of a method are on, in words; "" where it does not say or is as published."""
+    said = getattr(method, "variant", None)
+    return str(said()) if callable(said) else ""
 
 
 def check_requirements(

@@ -9,7 +9,7 @@ from typing import Any
 from vestige.errors import RecipeError
 from vestige.recipes.build import Job, build
 from vestige.recipes.schema import Recipe, read_yaml
-from vestige.training.files import write_json, write_text
+from vestige.training.files import LOCK, locked, write_json, write_text
 from vestige.training.report import write_report
 from vestige.training.summary import (
     RunFacts,
@@ -51,11 +51,14 @@ def run_recipe(
     check_folder(out, resume=resume)
     check_same(recipe, out)
     job = build(recipe, out=out, callbacks=callbacks, command=command, arm=arm)
-    record_start(job.trainer, out, job.facts)
-    outcome = job.trainer.run(resume=resume)
-    summary = finish(job, outcome, out)
-    if report:
-        write_report([out], out / "report.html")
+    with locked(out):
+        # Again: another process may have run here since.
+        check_folder(out, resume=resume)
+        record_start(job.trainer, out, job.facts)
+        outcome = job.trainer.run(resume=resume)
+        summary = finish(job, outcome, out)
+        if report:
+            write_report([out], out / "report.html")
     return summary
 
 
@@ -95,7 +98,9 @@ def run_arms(
         done = folder / "summary.json"
         if resume and done.is_file():
             summaries[name] = json.loads(done.read_text(encoding="utf8"))
-            continue
+            # One that a budget stopped goes on.
+            if summaries[name]["complete"]:
+                continue
         summaries[name] = run_recipe(
             recipe.arm(name),
             folder,
@@ -105,6 +110,7 @@ def run_arms(
             arm=name,
             report=False,
         )
+    _check_teachers(out, list(recipe.arms))
     return _gather(recipe, out, summaries)
 
 
@@ -116,7 +122,7 @@ def check_folder(out: Path, *, resume: bool) -> None:
     """
     if out.exists() and not out.is_dir():
         raise RecipeError(f"--out: {out} is a file, expected a folder; name another")
-    if not resume and out.is_dir() and any(out.iterdir()):
+    if not resume and out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
         raise RecipeError(
             f"--out: {out} is not empty; add --resume to go on with the run in it, or name another"
         )
@@ -192,6 +198,19 @@ def arm_details(recipe: Recipe, summaries: dict[str, dict[str, Any]]) -> list[di
     return rows
 
 
+def _check_teachers(out: Path, arms: Sequence[str]) -> None:
+    """Refuse to compare arms whose teachers differ, for example after weights were replaced."""
+    records = {
+        arm: json.loads((out / "arms" / arm / "run.json").read_text(encoding="utf8"))
+        for arm in arms
+    }
+    found = {arm: record["teacher_fingerprint"] for arm, record in records.items()}
+    if len(set(found.values())) > 1:
+        raise RecipeError(
+            f"the arms in {out} had different teachers ({found}); run all of them in a new folder"
+        )
+
+
 def _gather(recipe: Recipe, out: Path, summaries: dict[str, dict[str, Any]]) -> dict[str, Any]:
     chosen = out / "arms" / str(recipe.headline)
     rows = arm_details(recipe, summaries)
@@ -200,7 +219,8 @@ def _gather(recipe: Recipe, out: Path, summaries: dict[str, dict[str, Any]]) -> 
         "arms": {row["name"]: row["score"] for row in rows},
         "arm_details": rows,
         "headline": recipe.headline,
-        "seconds": round(sum(row["seconds"] for row in rows), 2),
+        "seconds_all_arms": round(sum(row["seconds"] for row in rows), 2),
+        "complete": all(summary["complete"] for summary in summaries.values()),
     }
     for file in ("student.safetensors", "student.json", "samples.png", "metrics.jsonl"):
         if (chosen / file).is_file():

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from vestige.core.modes import evaluating
 from vestige.core.types import InputSpec, predict
-from vestige.errors import DataError, ShapeError
+from vestige.errors import AccessError, DataError, ShapeError, TeacherError
 
 Labelled = tuple[Tensor, Tensor]
 
@@ -115,14 +115,19 @@ class Classification:
         inputs = torch.zeros((2, *self.spec.shape))
         with _quiet(model):
             try:
-                self._logits(model, inputs)
-            except RuntimeError as error:
-                if isinstance(error, ShapeError):
+                answers = self._logits(model, inputs)
+            except (RuntimeError, ValueError) as error:
+                if isinstance(error, ShapeError | AccessError):
                     raise
                 raise ShapeError(
                     f"{type(model).__name__} cannot take inputs of shape {self.spec.shape}, as the "
                     f"input spec says: {error}"
                 ) from error
+        if not torch.isfinite(answers).all():
+            raise TeacherError(
+                f"{type(model).__name__} answers NaN or infinity to inputs of zeros, expected "
+                "finite logits; check its weights and the normalisation"
+            )
 
     def _logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Float32 logits (B, K) of `model`, on its device."""
@@ -169,7 +174,7 @@ class Classification:
 def _quiet(*models: Any) -> Iterator[None]:
     """No gradients, and every module among `models` in eval mode."""
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
+        stack.enter_context(torch.no_grad())
         for model in models:
             # A black-box teacher is no module: it has no training flags to care for.
             if isinstance(model, nn.Module):

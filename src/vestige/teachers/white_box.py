@@ -4,6 +4,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from vestige.core.protocols import Teacher
 from vestige.core.types import Access, Prediction, count_rows
@@ -30,7 +31,7 @@ class WhiteBoxTeacher(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        _check_finite(module)
+        check_finite(module)
         self.module = module.requires_grad_(False)
         self.queries = 0
         self.eval()
@@ -59,9 +60,14 @@ def module_of(teacher: Teacher) -> nn.Module:
     return teacher
 
 
-def _check_finite(module: nn.Module) -> None:
+def check_finite(module: nn.Module) -> None:
+    """Refuse a network with NaN or infinite values; lazy layers without weights are passed over.
+
+    Raises:
+        TeacherError: names the tensor.
+    """
     for name, tensor in module.state_dict().items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        if not isinstance(tensor, Tensor) or is_lazy(tensor) or not tensor.is_floating_point():
             continue
         broken = int((~torch.isfinite(tensor)).sum())
         if broken:

@@ -125,7 +125,7 @@ class CheckpointStore:
         if files:
             raise CheckpointError(
                 f"got {len(files)} checkpoints in {self.folder}, expected a sound one, all are "
-                "damaged; start again without --resume"
+                "damaged; start again in a new folder"
             )
         return None
 

@@ -1,6 +1,6 @@
 """What a method sees of the trainer: loops, optimizers, updates and randomness."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce as fold
 from typing import Any, get_args
@@ -25,6 +25,13 @@ from vestige.core.protocols import (
 from vestige.core.schedules import Schedule
 from vestige.core.types import Batch, Inputs, Loss, Prediction, Role, Step, join_rows
 from vestige.errors import CheckpointError, ContractError
+
+_WRAPPED: Mapping[type[Any], Role] = {
+    SourceTerms: "source",
+    StudentBatch: "student",
+    StudentGradient: "student",
+    StudentOptimizers: "student",
+}
 
 
 @dataclass
@@ -281,21 +288,18 @@ class RunContext:
         self._step(params, optimizers, None)
         return Step(role, None if loss is None else loss.detach())
 
-    def uncalled(self) -> list[str]:
-        """Plug-ins that were not called although an update of a role that they wrap took place."""
-        wanted: dict[type[Any], Role] = {
-            SourceTerms: "source",
-            StudentBatch: "student",
-            StudentGradient: "student",
-            StudentOptimizers: "student",
-        }
-        due = {
+    def wrapping(self, roles: Collection[Role]) -> set[str]:
+        """Plug-ins that wrap updates of one of these roles."""
+        return {
             name
-            for hook, role in wanted.items()
-            if role in self.roles
+            for hook, role in _WRAPPED.items()
+            if role in roles
             for name, _ in self._hooks[hook]
         }
-        return sorted(due - self.called)
+
+    def uncalled(self) -> list[str]:
+        """Plug-ins that were not called although an update of a role that they wrap took place."""
+        return sorted(self.wrapping(self.roles) - self.called)
 
     def _took(self, role: Role) -> None:
         # A misspelt role would silently escape every plug-in.
@@ -402,6 +406,10 @@ class RunContext:
                 for parameter in group["params"]:
                     if parameter.requires_grad:
                         seen[id(parameter)] = parameter
+        if not seen:
+            raise ContractError(
+                "an update's optimizers hold no parameter that takes a gradient; unfreeze some"
+            )
         return list(seen.values())
 
     # State

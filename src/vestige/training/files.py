@@ -3,11 +3,16 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from vestige.errors import RecipeError
+
+LOCK = ".lock"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -43,6 +48,33 @@ def tensors_to_bytes(
 
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     return save(plain, metadata=metadata)
+
+
+@contextmanager
+def locked(folder: Path | None) -> Iterator[None]:
+    """Keep other processes from running in `folder` inside the block; None locks nothing.
+
+    Raises:
+        RecipeError: another process holds it.
+    """
+    if folder is None:
+        yield
+        return
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    # The lock goes with the process, so that a killed run leaves none behind.
+    with open(folder / LOCK, "a", encoding="utf8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RecipeError(
+                f"another process is running in {folder}; wait for it or name another folder"
+            ) from error
+        try:
+            yield
+        finally:
+            Path(stream.name).unlink(missing_ok=True)
 
 
 def sha256(data: bytes) -> str:

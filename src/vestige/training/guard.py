@@ -19,6 +19,11 @@ from vestige.errors import RealDataError
 # Code, not data: lazily imported modules and what the interpreter and linker read for them.
 # Not .pth: `site` reads such files at start-up only, and people store tensors under that name.
 _CODE = re.compile(r".+\.(py|pyc|pyi|pyd|dll|dylib|so(\.\d+)*)|METADATA|entry_points\.txt")
+# Other programs are not watched, so a method may start none but what torch compiles with.
+_PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
+_COMPILERS = re.compile(
+    r"\b(gcc|g\+\+|cc|c\+\+|clang|clang\+\+|ld|nvcc|ptxas|uname|lscpu)\b|_inductor"
+)
 _SYSTEM = ("/proc/", "/sys/", "/dev/")
 
 
@@ -30,6 +35,7 @@ class Watch:
     method: str
     allowed: tuple[Path, ...] = ()
     opened: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
     made: set[str] = field(default_factory=set)
     active: bool = True
 
@@ -41,9 +47,17 @@ _hooks: list[bool] = []
 
 
 def _audit(event: str, arguments: tuple[object, ...]) -> None:
-    if event != "open" or not _watches or not _watches[-1].active:
+    if not _watches or not _watches[-1].active:
         return
     watch = _watches[-1]
+    if event in _PROGRAMS and not _COMPILERS.search(" ".join(map(str, arguments[:2]))):
+        watch.refused.append(f"{event} {arguments[0]!r}")
+        raise RealDataError(
+            f"{watch.method!r} started another program ({arguments[0]!r}) while it ran, which "
+            "could read anything; do that before or after the run"
+        )
+    if event != "open":
+        return
     target, mode, flags = (*arguments, None, None, None)[:3]
     if not isinstance(target, str | bytes | os.PathLike):
         return
@@ -59,9 +73,17 @@ def _audit(event: str, arguments: tuple[object, ...]) -> None:
     if any(path == str(root) or path.startswith(f"{root}{os.sep}") for root in watch.allowed):
         watch.opened.append(path)
         return
+    watch.refused.append(path)
     raise RealDataError(
         f"{watch.method!r} opened {path} while it ran, expected no file but those of its declared "
         "sources; hand real data in as a source of the recipe"
+    )
+
+
+def _told(watch: Watch) -> RealDataError:
+    return RealDataError(
+        f"{watch.method!r} tried to open {', '.join(sorted(set(watch.refused)))} while it ran, "
+        "expected no file but those of its declared sources; hand real data in as a source"
     )
 
 
@@ -102,8 +124,17 @@ def watching(method: str, allowed: tuple[Path, ...] = ()) -> Iterator[Watch]:
     _watches.append(watch)
     try:
         yield watch
+    except RealDataError:
+        raise
+    except Exception as error:
+        if watch.refused:
+            raise _told(watch) from error
+        raise
     finally:
         _watches.remove(watch)
+    # Also where the method, or a thread of its own, swallowed the refusal.
+    if watch.refused:
+        raise _told(watch)
 
 
 @contextmanager

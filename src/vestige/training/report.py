@@ -468,7 +468,7 @@ def _comparison(runs: Sequence[RunFolder], names: Sequence[str]) -> dict[str, An
             {
                 "name": name,
                 "anchor": f"run-{index}",
-                "method": " + ".join([str(run.summary.get("method") or UNKNOWN), *plugins]),
+                "method": " + ".join([tables.method_name(run.summary), *plugins]),
                 "metric": _words(own),
                 "score": _exact(score, tables.format_score(score, own)),
                 "bar": _safe(

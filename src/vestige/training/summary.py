@@ -11,11 +11,13 @@ from torch import nn
 from vestige.core.protocols import Task
 from vestige.core.types import count_parameters
 from vestige.training import runtime
+from vestige.training.diagnosis import Finding
 from vestige.training.files import tensors_to_bytes, write_bytes, write_json, write_text
 from vestige.training.pictures import contact_sheet, save_png
 from vestige.training.trainer import Outcome
 
 _SHEET_COLUMNS, _SHEET_CLASSES = 10, 20
+_DRAWN_CHANNELS = (1, 3)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class RunFacts:
         teacher_score: on the test split, computed in this run; None where nothing judges.
         teacher_parameters: number of weights.
         teacher_fingerprint: digest of the weights.
+        variant: the method's options that are on, in words; "" is the method as published.
         teacher_trained_on: what the teacher's card says of its data, "" where there is no card.
         real_data: everything real that was read.
         seed: of the run.
@@ -70,6 +73,7 @@ class RunFacts:
     command: str = ""
     started: str = ""
     teacher_trained_on: str = ""
+    variant: str = ""
 
 
 def write_start(out: Path, facts: RunFacts) -> None:
@@ -97,10 +101,19 @@ def summarize(
 ) -> dict[str, Any]:
     """summary.json, version 1; `score` is the last step's, `best_score` is told for comparison."""
     best = max if task.higher_is_better else min
+    notes = [finding.as_dict() for finding in outcome.findings]
+    if not outcome.complete:
+        stopped = (
+            f"the budget stopped the run at step {outcome.steps}; schedules were not shortened"
+        )
+        notes.append(
+            asdict(Finding("stopped-by-budget", "warning", stopped, "resume with a larger budget"))
+        )
     values = [scores[task.metric] for scores in outcome.scores if task.metric in scores]
     return {
         "schema": 1,
         "method": facts.method,
+        "variant": facts.variant,
         "plugins": list(facts.plugins),
         "task": task.kind,
         "metric": task.metric,
@@ -126,7 +139,7 @@ def summarize(
             "path": None if student is None else "student.safetensors",
         },
         "complete": outcome.complete,
-        "diagnosis": [finding.as_dict() for finding in outcome.findings],
+        "diagnosis": notes,
     }
 
 
@@ -144,7 +157,8 @@ def write_samples(out: Path, outcome: Outcome, task: Task, classes: Sequence[str
     Returns:
         False if there is nothing to show.
     """
-    if outcome.samples is None or task.spec.kind != "image":
+    shape = task.spec.shape
+    if outcome.samples is None or task.spec.kind != "image" or shape[0] not in _DRAWN_CHANNELS:
         return False
     inputs, answers = outcome.samples
     answers = answers.cpu()
@@ -153,7 +167,7 @@ def write_samples(out: Path, outcome: Outcome, task: Task, classes: Sequence[str
     index = torch.cat([(answers == label).nonzero()[:, 0][:_SHEET_COLUMNS] for label in shown])
     images = task.spec.denormalize(inputs[index.to(inputs.device)].float().cpu())
     labels = [int(label) for label in answers[index]]
-    names = [classes[label] if classes else str(label) for label in labels]
+    names = [classes[label] if label < len(classes) else str(label) for label in labels]
     scale = max(1, 64 // images.shape[-1])
     sheet = contact_sheet(images, columns=_SHEET_COLUMNS, scale=scale, labels=names)
     save_png(sheet, out / "samples.png")

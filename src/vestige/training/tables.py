@@ -93,6 +93,12 @@ def result_table(summary: Mapping[str, Any]) -> "Table":
     return table
 
 
+def method_name(summary: Mapping[str, Any]) -> str:
+    """The method with what was switched on, so that nobody takes it for the published one."""
+    name, variant = str(summary.get("method") or UNKNOWN), str(summary.get("variant") or "")
+    return f"{name} with {variant}" if variant else name
+
+
 def result_figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The figures of a single run that are known, each with its label, ready to show."""
     metric = str(summary.get("metric") or "score")
@@ -101,7 +107,7 @@ def result_figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     memory = number(summary.get("peak_memory_mib"))
     result = mapping(summary.get("result"))
     figures = [
-        ("method", " + ".join([str(summary.get("method") or UNKNOWN), *plugins])),
+        ("method", " + ".join([method_name(summary), *plugins])),
         (f"student {metric}, last step", format_score(number(student.get("score")), metric)),
         (f"student {metric}, best step", format_score(number(student.get("best_score")), metric)),
         (f"teacher {metric}", format_score(number(teacher.get("score")), metric)),

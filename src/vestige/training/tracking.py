@@ -1,13 +1,16 @@
 """Metrics of a run as JSON lines, and events for whoever wants to follow it."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vestige.training.files import write_text
+from vestige.training.files import write_bytes
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,15 @@ class MetricsFile:
         self.rows = rows
         if self.path is None or not self.path.is_file():
             return
-        kept = self.path.read_text(encoding="utf8").splitlines()[:rows]
-        write_text(self.path, "".join(f"{line}\n" for line in kept))
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        if len(lines) < rows:
+            logger.warning(
+                "%s has %d of the %d rows that the checkpoint knows of; the others are lost",
+                self.path,
+                len(lines),
+                rows,
+            )
+        write_bytes(self.path, b"".join(lines[:rows]))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from vestige.core.protocols import (
     Task,
     Teacher,
 )
-from vestige.core.types import Result, Step
+from vestige.core.types import Requires, Result, Step
 from vestige.errors import CheckpointError, ContractError, Interrupted, NonFiniteLossError
 from vestige.training import guard, runtime
 from vestige.training.checkpoint import CheckpointStore
@@ -193,6 +193,7 @@ class Trainer:
                 plugin.setup(
                     self.task, self.teachers, self._student(), ScopedContext(self.ctx, name)
                 )
+            self._check_roles()
             with guard.pausing():
                 self._tell("start", resumed=self._saved is not None, step=self._checkpoint_step)
             for step in self.method.run(self.ctx):
@@ -211,6 +212,19 @@ class Trainer:
             self._latest_samples(),
             complete=not self.ctx.cut_short,
         )
+
+    def _check_roles(self) -> None:
+        """Refuse at once a plug-in that wraps what the method says it never does."""
+        requires: Requires | None = getattr(self.method, "requires", None)
+        if requires is None or not requires.roles:
+            return
+        useless = sorted(set(self.plugins) - self.ctx.wrapping(requires.roles))
+        if useless:
+            raise ContractError(
+                f"plug-ins {useless} were not called and never will be: "
+                f"{type(self.method).__name__} makes updates of role {', '.join(requires.roles)} "
+                "only, and they wrap others; leave them out"
+            )
 
     def _student(self) -> nn.Module:
         if self.student is None:
