@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vestige.core.protocols import Source, Task, Teacher
 from vestige.core.types import InputSpec, Requires, count_parameters
 from vestige.errors import ContractError, RecipeError, ShapeError, TeacherError
-from vestige.recipes.build import build_method, build_plugins, variant_of
+from vestige.recipes.build import build_method, build_plugins, input_card, variant_of
 from vestige.recipes.catalog import METHODS, TASKS, describe_methods
 from vestige.recipes.run import check_folder, record_start
 from vestige.recipes.schema import explain
@@ -169,7 +169,11 @@ def distill(
             {"method": method, "config": settings.model_dump(mode="json"), "seed": seed},
             sort_keys=False,
         ),
-        student_card={"class": f"{type(student).__module__}:{type(student).__qualname__}"},
+        student_card={
+            "class": f"{type(student).__module__}:{type(student).__qualname__}",
+            "input": input_card(spec),
+            "num_classes": num_classes,
+        },
         command="vestige.distill(...)",
         variant=variant_of(built),
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

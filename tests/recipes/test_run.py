@@ -18,7 +18,7 @@ from vestige.recipes.build import build
 from vestige.recipes.run import run_arms, run_recipe
 from vestige.recipes.schema import Recipe, load_recipe
 from vestige.tasks.classification import Classification
-from vestige.teachers.loading import ImageInput, builtin_card, fingerprint
+from vestige.teachers.loading import ImageInput, builtin_card, fingerprint, load_teacher
 from vestige.training.summary import summarize
 from vestige.training.tracking import Event
 from vestige.training.trainer import Outcome
@@ -167,13 +167,16 @@ def test_the_students_file_is_the_student_that_was_judged(smoke: Recipe, tmp_pat
     card = json.loads((out / "student.json").read_text())
     spec = ImageInput(**card["input"]).spec()
     assert isinstance(spec, InputSpec)
-    student = build_model(card["name"], spec, card["num_classes"], **card["args"])
+    student = build_model(card["model"], spec, card["num_classes"], **card["args"])
     student.load_state_dict(load_file(out / card["weights"]))
     test = load_images("digits", "test")
     data = (to_inputs(test.images, spec), torch.from_numpy(test.labels))
     scores = Classification(spec, card["num_classes"]).evaluate(student, data)
     assert scores["accuracy"] == summary["student"]["score"]
     assert card["classes"] == list(test.classes)
+    # The card is all that is needed for the student to teach in its turn.
+    again = load_teacher(out / "student.json")
+    assert fingerprint(again) == fingerprint(student)
 
 
 def test_the_run_record_says_what_was_read_by_whom_and_for_what(smoke: Recipe, tmp_path: Path):

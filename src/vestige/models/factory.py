@@ -157,7 +157,15 @@ def _build(
         )
     given = {**given, "channels": spec.shape[0], "size": spec.shape[1:], **entry.fixed, **args}
     taken = inspect.signature(entry.build).parameters
-    return entry.build(**{key: value for key, value in given.items() if key in taken})
+    try:
+        return entry.build(**{key: value for key, value in given.items() if key in taken})
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, RecipeError | ShapeError):
+            raise
+        raise RecipeError(
+            f"got {dict(args)} for {kind} {name!r}, which cannot be built: {error}; leave them out "
+            "or correct them"
+        ) from error
 
 
 def _arguments(entry: _Entry) -> tuple[str, ...]:

@@ -161,8 +161,8 @@ def build(
         seed=recipe.seed,
         recipe_yaml=recipe.to_yaml(),
         student_card={
-            **({} if recipe.student is None else recipe.student.model_dump(mode="json")),
-            "input": _input_card(spec),
+            **_network_card(recipe.student),
+            "input": input_card(spec),
             "num_classes": task.num_classes,
             "classes": list(classes),
         },
@@ -229,7 +229,15 @@ def _shown(module: nn.Module, recipe: Recipe) -> Teacher:
     return BlackBoxTeacher(module, access=recipe.access, budget=recipe.query_budget)
 
 
-def _input_card(spec: InputSpec) -> dict[str, Any]:
+def _network_card(config: ModelConfig | None) -> dict[str, Any]:
+    """What `load_teacher` reads again, so that a student can teach."""
+    if config is None:
+        return {}
+    kind = {"factory": config.factory} if config.name is None else {"model": config.name}
+    return {**kind, "args": config.args}
+
+
+def input_card(spec: InputSpec) -> dict[str, Any]:
     """What `InputConfig` reads again."""
     sizes = dict(zip(("channels", "height", "width"), spec.shape, strict=False))
     shape = sizes if spec.kind == "image" else {"kind": spec.kind, "shape": list(spec.shape)}

@@ -247,7 +247,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _images_made(job: Job, outcome: Outcome) -> int:
-    """Inputs that were synthesised; drawn ones are not made."""
+    """Rows that the teacher was asked about, if none of them is real; replayed ones count again."""
     real = any(
         source.origin not in ("noise", "generator") for source in job.trainer.sources.values()
     )

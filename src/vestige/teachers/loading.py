@@ -83,7 +83,7 @@ class BuiltinCard(BaseModel):
 
 
 def load_teacher(
-    spec: str | Mapping[str, Any],
+    spec: str | Path | Mapping[str, Any],
     *,
     input_spec: InputSpec | None = None,
     num_classes: int | None = None,
@@ -91,7 +91,8 @@ def load_teacher(
     """Build a trained network.
 
     Args:
-        spec: "builtin:NAME" (see `builtin_teachers`); or a mapping with "factory", a callable named
+        spec: "builtin:NAME" (see `builtin_teachers`); or the path of a student.json that a run left
+            beside its weights; or a mapping with "factory", a callable named
             "package.module:callable" that is called with "args"; or a mapping with "model", a name
             of `models.factory`. "weights" is a .safetensors file, or a .pt or .pth file that holds
             nothing but tensors; without it the network stays as it was built.
@@ -104,6 +105,10 @@ def load_teacher(
     Raises:
         TeacherError: the form, the file or its content is not as described here.
     """
+    if str(spec).endswith(".json") and isinstance(spec, str | Path):
+        return _load_by_card(Path(spec).expanduser())
+    if isinstance(spec, Path):
+        raise TeacherError(f"got the path {spec}, expected a student.json or one of {FORMS}")
     if isinstance(spec, str):
         return _load_by_name(spec, input_spec, num_classes)
     unknown = [key for key in spec if key not in KEYS]
@@ -245,6 +250,30 @@ def fingerprint(module: nn.Module) -> str:
         flat = tensor.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _load_by_card(path: Path) -> nn.Module:
+    """The network of a student.json, whose weights lie in the same folder."""
+    try:
+        card = json.loads(path.read_text(encoding="utf8"))
+        known = {key: card[key] for key in KEYS if key in card}
+        weights = path.parent / str(card["weights"])
+        given = dict(card["input"])
+        shape = given.pop("shape", None) or [given.pop(k) for k in ("channels", "height", "width")]
+        kind = str(given.pop("kind", "image"))
+        spec = InputSpec(kind, tuple(shape), tuple(given["mean"]), tuple(given["std"]))
+        count = int(card["num_classes"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TeacherError(
+            f"got {path}, which cannot be read as the card of a network ({error!r}), expected the "
+            "student.json that a run left; name the mapping or the recipe instead"
+        ) from error
+    if not {"factory", "model"} & set(known):
+        raise TeacherError(
+            f"got {path} of a network that was handed in from Python, which the card cannot build; "
+            "name its 'factory' in a mapping, with these weights"
+        )
+    return load_teacher({**known, "weights": weights}, input_spec=spec, num_classes=count)
 
 
 def _load_by_name(name: str, input_spec: InputSpec | None, num_classes: int | None) -> nn.Module:

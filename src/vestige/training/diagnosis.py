@@ -2,7 +2,8 @@
 
 Everything comes from the batches that the student is trained on anyway: before an update the batch
 is fresh, so the student's agreement with the teacher on it is an honest score, and the teacher's
-answers on it tell which classes the source makes.
+answers on it tell which classes the source makes. Rows that a method replays are counted with the
+rest, although they are not fresh.
 """
 
 import math

@@ -94,7 +94,7 @@ def view(run: RunFolder, *, name: str, anchor: str) -> dict[str, Any]:
         ),
         "sheets": _sheets(run, chosen, parts),
         "curve": _score_chart(parts, metric, _score(run, "teacher")),
-        "agreement": _round_chart(parts, "agreement", "Agreement with the teacher on fresh fakes"),
+        "agreement": _round_chart(parts, "agreement", "Agreement with the teacher on new inputs"),
         "terms": [*_term_charts(chosen), *_mode_chart(chosen)],
         "terms_of": next((title for title, arm in parts if arm is chosen), ""),
         "strips": _strips(parts),
@@ -492,7 +492,7 @@ def _comparison(runs: Sequence[RunFolder], names: Sequence[str]) -> dict[str, An
         "curve": _score_chart(shown, metric, teachers.pop() if len(teachers) == 1 else math.nan)
         if metric
         else None,
-        "agreement": _round_chart(shown, "agreement", "Agreement with the teacher on fresh fakes"),
+        "agreement": _round_chart(shown, "agreement", "Agreement with the teacher on new inputs"),
     }
 
 

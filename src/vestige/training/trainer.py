@@ -57,7 +57,7 @@ class TrainerConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     device: str = "auto"
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)
     log_every: int = Field(10, ge=1)
     evaluate_every: int = Field(1, ge=1)
     checkpoint_every: int = Field(1, ge=1)
