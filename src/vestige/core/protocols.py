@@ -231,7 +231,11 @@ class Context(PluginContext, Protocol):
 
 
 class Method(Protocol):
-    """A published system: its file holds `Config`, this class and the paper's loop."""
+    """A published system: its file holds `Config`, this class and the paper's loop.
+
+    It may also have `variant() -> str`, which names the options that are on, "" for the method as
+    published; it stands beside the name wherever results are shown.
+    """
 
     Config: type[BaseModel]
     requires: Requires
