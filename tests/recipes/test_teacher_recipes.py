@@ -129,9 +129,10 @@ def test_builtin_teacher_can_be_made_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_mnist_teacher_reaches_its_figure() -> None:
+@pytest.mark.parametrize("name", ["mnist-convnet", "mnist-lenet5"])
+def test_mnist_teachers_reach_their_figure(name: str) -> None:
     try:
-        _, card = train_teacher(load_teacher_recipe("mnist-convnet", "mnist-lenet5"), None)
+        _, card = train_teacher(load_teacher_recipe(name), None)
     except DataError as error:
         pytest.skip(str(error))
     assert card.accuracy >= 0.985
