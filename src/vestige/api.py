@@ -13,23 +13,18 @@ from torch import Tensor, nn
 
 from vestige.core.protocols import Source, Task, Teacher
 from vestige.core.types import InputSpec, Requires, count_parameters
-from vestige.errors import ContractError, RecipeError, ShapeError, TeacherError
-from vestige.recipes.build import build_method, build_plugins, input_card, variant_of
+from vestige.errors import RecipeError, ShapeError, TeacherError
+from vestige.recipes.build import Job, build_method, build_plugins, input_card, variant_of
 from vestige.recipes.catalog import METHODS, TASKS, describe_methods
-from vestige.recipes.run import check_folder, record_start
+from vestige.recipes.run import check_folder, run_job
 from vestige.recipes.schema import explain
 from vestige.sources.images import TensorSource
 from vestige.teachers.loading import fingerprint, load_teacher
 from vestige.teachers.white_box import WhiteBoxTeacher, check_finite
 from vestige.training import runtime
-from vestige.training.files import locked, write_json
-from vestige.training.report import write_report
 from vestige.training.summary import (
     RealData,
     RunFacts,
-    summarize,
-    write_samples,
-    write_student,
 )
 from vestige.training.tracking import Callback
 from vestige.training.trainer import Evaluate, Outcome, Trainer, TrainerConfig
@@ -178,23 +173,9 @@ def distill(
         variant=variant_of(built),
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    if folder is not None:
-        record_start(trainer, folder, facts)
-    with locked(folder):
-        outcome = trainer.run(resume=resume)
-    if weights != ", ".join(fingerprint(network) for network in networks):
-        raise ContractError(
-            "the teacher's weights changed during the run; its student is worthless"
-        )
-    trained = outcome.network or student
-    summary = summarize(facts, outcome, judged, trained, where)
-    if folder is not None:
-        write_student(folder, trained, facts.student_card)
-        write_samples(folder, outcome, judged, ())
-        write_json(folder / "summary.json", summary)
-        write_report([folder], folder / "report.html")
+    outcome, summary = run_job(Job(trainer, judged, facts, (), student), folder, resume=resume)
     return DistillReport(
-        trained,
+        outcome.network or student,
         getattr(built, "generator", None),
         getattr(built, "pool", None),
         summary,

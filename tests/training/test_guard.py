@@ -68,6 +68,48 @@ def test_other_programs_are_refused(start, tmp_path):
         start(str(tmp_path / "images.npy"))
 
 
+def test_what_was_there_before_is_not_made_by_adding_to_it(tmp_path):
+    secret, other = tmp_path / "images.npy", tmp_path / "other.npy"
+    secret.write_bytes(b"1")
+    told = pytest.raises(RealDataError, match=r"opened .*images\.npy")
+    with told, guard.watching("peeker"):
+        open(secret, "ab").close()
+        secret.read_bytes()
+    told = pytest.raises(RealDataError, match=r"opened .*images\.npy")
+    with told, guard.watching("peeker"):
+        os.close(os.open(secret, os.O_WRONLY))
+        secret.read_bytes()
+    told = pytest.raises(RealDataError, match=r"opened .*other\.npy")
+    with told, guard.watching("peeker"):
+        other.write_bytes(b"2")
+        os.replace(secret, other)
+        other.read_bytes()
+
+
+def test_a_file_made_under_another_name_may_be_read_again(tmp_path):
+    with guard.watching("maker"):
+        (tmp_path / "partial").write_bytes(b"1")
+        os.replace(tmp_path / "partial", tmp_path / "whole")
+        assert (tmp_path / "whole").read_bytes() == b"1"
+
+
+@pytest.mark.parametrize(
+    "line", [["cat", "torch/_inductor/x"], ["cat", "/data/gcc"], ["cat", "ld"]]
+)
+def test_an_argument_that_names_a_compiler_makes_none(line):
+    told = pytest.raises(RealDataError, match="started another program")
+    with told, guard.watching("peeker"):
+        subprocess.run(line, check=False)
+
+
+def test_compilers_may_be_started():
+    with guard.watching("maker"):
+        assert guard._compiles("subprocess.Popen", ("/usr/bin/g++-12", ["g++-12", "-v"]))
+        worker = f"{sys.prefix}/torch/_inductor/compile_worker/__main__.py"
+        assert guard._compiles("subprocess.Popen", (sys.executable, [sys.executable, worker]))
+    assert not guard._compiles("os.system", (b"gcc",))
+
+
 def test_what_was_made_meanwhile_may_be_read_again(tmp_path):
     shard = tmp_path / "shard.npy"
     with guard.watching("maker"):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vestige.core import modes
 from vestige.core.optim import factory
 from vestige.core.types import Batch, InputSpec, Loss, Requires, Result, Step, predict
-from vestige.errors import CheckpointError, Interrupted, NonFiniteLossError
+from vestige.errors import CheckpointError, ContractError, Interrupted, NonFiniteLossError
 from vestige.methods.kd import KD, KDConfig
 from vestige.sources.noise import NoiseSource
 from vestige.tasks.classification import Classification
@@ -536,3 +536,10 @@ def test_frozen_layers_stay_frozen_over_a_resume(nets, tmp_path):
         run(nets, tmp_path, method=Freezes, callbacks=[at_step(8, die)])
     resumed = run(nets, tmp_path, method=Freezes, resume=True)
     assert same(resumed.student, run(nets, method=Freezes).student)
+
+
+def test_a_teacher_that_moved_is_told_whoever_started_the_run(nets):
+    made = trainer(nets)
+    made.callbacks.append(at_step(2, lambda: made.teachers[0].module[1].running_mean.add_(1)))
+    with pytest.raises(ContractError, match="teacher's weights changed during the run"):
+        made.run()

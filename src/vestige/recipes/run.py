@@ -51,22 +51,32 @@ def run_recipe(
     check_folder(out, resume=resume)
     check_same(recipe, out)
     job = build(recipe, out=out, callbacks=callbacks, command=command, arm=arm)
+    return run_job(job, out, resume=resume, report=report)[1]
+
+
+def run_job(
+    job: Job, out: Path | None, *, resume: bool = False, report: bool = True
+) -> tuple[Outcome, dict[str, Any]]:
+    """Run what was built and leave its folder; None leaves nothing."""
     with locked(out):
-        # Again: another process may have run here since.
-        check_folder(out, resume=resume)
-        record_start(job.trainer, out, job.facts)
+        if out is not None:
+            # Again: another process may have run here since the job was built.
+            check_folder(out, resume=resume)
+            record_start(job.trainer, out, job.facts)
         outcome = job.trainer.run(resume=resume)
         summary = finish(job, outcome, out)
-        if report:
+        if out is not None and report:
             write_report([out], out / "report.html")
-    return summary
+    return outcome, summary
 
 
-def finish(job: Job, outcome: Outcome, out: Path) -> dict[str, Any]:
+def finish(job: Job, outcome: Outcome, out: Path | None) -> dict[str, Any]:
     """Write what a finished run leaves; the summary last, as the mark that the run is whole."""
     trained = outcome.network or job.student
     summary = summarize(job.facts, outcome, job.task, trained, job.trainer.device)
     summary["images_made"] = _images_made(job, outcome)
+    if out is None:
+        return summary
     if trained is not None:
         write_student(out, trained, job.facts.student_card)
     write_samples(out, outcome, job.task, job.classes)

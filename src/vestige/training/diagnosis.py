@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vestige.core import modes
 from vestige.core.functional import functional
 from vestige.core.types import Inputs, Loss, predict
 
@@ -133,18 +134,13 @@ def train_eval_agreement(student: nn.Module, inputs: Inputs) -> float:
 
     Neither the live running statistics nor the training flags are changed.
     """
-    flags = {module: module.training for module in student.modules()}
     first = inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))
     devices = [first.device] if first.is_cuda else []
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            # At the flags it is trained with: a BatchNorm that the user froze stays frozen.
-            training = predict(functional(student, {}), inputs).logits.argmax(1)
-            student.eval()
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        # At the flags it is trained with: a BatchNorm that the user froze stays frozen.
+        training = predict(functional(student, {}), inputs).logits.argmax(1)
+        with modes.evaluating(student):
             evaluated = predict(student, inputs).logits.argmax(1)
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
     return float((training == evaluated).double().mean())
 
 

@@ -21,9 +21,7 @@ from vestige.errors import RealDataError
 _CODE = re.compile(r".+\.(py|pyc|pyi|pyd|dll|dylib|so(\.\d+)*)|METADATA|entry_points\.txt")
 # Other programs are not watched, so a method may start none but what torch compiles with.
 _PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
-_COMPILERS = re.compile(
-    r"\b(gcc|g\+\+|cc|c\+\+|clang|clang\+\+|ld|nvcc|ptxas|uname|lscpu)\b|_inductor"
-)
+_COMPILERS = re.compile(r"(.+-)?(gcc|g\+\+|cc|c\+\+|clang|clang\+\+|ld|nvcc|ptxas|lscpu)(-\d+)?")
 _SYSTEM = ("/proc/", "/sys/", "/dev/")
 
 
@@ -50,12 +48,14 @@ def _audit(event: str, arguments: tuple[object, ...]) -> None:
     if not _watches or not _watches[-1].active:
         return
     watch = _watches[-1]
-    if event in _PROGRAMS and not _COMPILERS.search(" ".join(map(str, arguments[:2]))):
+    if event in _PROGRAMS and not _compiles(event, arguments):
         watch.refused.append(f"{event} {arguments[0]!r}")
         raise RealDataError(
             f"{watch.method!r} started another program ({arguments[0]!r}) while it ran, which "
             "could read anything; do that before or after the run"
         )
+    if event == "os.rename":
+        _renamed(watch, arguments)
     if event != "open":
         return
     target, mode, flags = (*arguments, None, None, None)[:3]
@@ -63,8 +63,10 @@ def _audit(event: str, arguments: tuple[object, ...]) -> None:
         return
     path = os.path.realpath(os.fsdecode(target))
     if _writes(mode, flags):
-        # What the method makes while it runs (shards of a pool, say) it may read again.
-        watch.made.add(path)
+        # What the method makes while it runs (shards of a pool, say) it may read again; what was
+        # there before and is only added to is none of its making.
+        if _empties(mode, flags) or not os.path.lexists(path):
+            watch.made.add(path)
         return
     if path in watch.made or _is_code(path) or os.path.isdir(path):
         return
@@ -103,6 +105,33 @@ def _writes(mode: object, flags: object) -> bool:
         return False
     new = flags & os.O_CREAT and flags & (os.O_EXCL | os.O_TRUNC)
     return bool(new) or (flags & os.O_ACCMODE) == os.O_WRONLY
+
+
+def _empties(mode: object, flags: object) -> bool:
+    """Whether an opening for writing leaves nothing of what was there."""
+    if isinstance(mode, str):
+        return "w" in mode or "x" in mode
+    return isinstance(flags, int) and bool(flags & (os.O_EXCL | os.O_TRUNC))
+
+
+def _renamed(watch: Watch, arguments: tuple[object, ...]) -> None:
+    """A file keeps its maker under its new name, and the name loses its former file's."""
+    source, target = (os.path.realpath(os.fsdecode(str(name))) for name in arguments[:2])
+    if source in watch.made:
+        watch.made.add(target)
+    else:
+        watch.made.discard(target)
+
+
+def _compiles(event: str, arguments: tuple[object, ...]) -> bool:
+    """Whether a program that starts is a compiler, or one of torch's workers that compile."""
+    if event != "subprocess.Popen":
+        return False
+    program, line = arguments[:2]
+    if not isinstance(program, str) or not isinstance(line, list | tuple):
+        return False
+    worker = program == sys.executable and any("torch/_inductor/" in str(a) for a in line[1:2])
+    return worker or _COMPILERS.fullmatch(os.path.basename(program)) is not None
 
 
 def _is_code(path: str) -> bool:

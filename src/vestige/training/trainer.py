@@ -28,6 +28,7 @@ from vestige.core.protocols import (
 )
 from vestige.core.types import Requires, Result, Step
 from vestige.errors import CheckpointError, ContractError, Interrupted, NonFiniteLossError
+from vestige.teachers.loading import fingerprint
 from vestige.training import guard, runtime
 from vestige.training.checkpoint import CheckpointStore
 from vestige.training.context import RunContext, ScopedContext
@@ -180,6 +181,7 @@ class Trainer:
         self._open(resume)
         self._started = self._round_started = time.perf_counter()
         seeding.seed_globals(self.seed)
+        teachers = self._teacher_weights()
         allowed = tuple(path for source in self.sources.values() for path in source.paths)
         with (
             _interruptible(self._interrupted),
@@ -202,6 +204,11 @@ class Trainer:
                 findings = self._finish()
             # Outside of the pause: this is the method's own code.
             result = self.method.result()
+        if self._teacher_weights() != teachers:
+            raise ContractError(
+                "a teacher's weights changed during the run, so the student learned from something "
+                "else; hand in networks that share no memory"
+            )
         return Outcome(
             result,
             self.scores,
@@ -212,6 +219,9 @@ class Trainer:
             self._latest_samples(),
             complete=not self.ctx.cut_short,
         )
+
+    def _teacher_weights(self) -> list[str]:
+        return [fingerprint(teacher) for teacher in self.teachers if isinstance(teacher, nn.Module)]
 
     def _check_roles(self) -> None:
         """Refuse at once a plug-in that wraps what the method says it never does."""
