@@ -26,7 +26,8 @@ from vestige.core.types import InputSpec
 from vestige.methods.dfad import DFAD, DFADConfig
 from vestige.teachers.white_box import WhiteBoxTeacher
 from vestige.training.tracking import Event
-from vestige.training.trainer import Trainer, TrainerConfig
+from vestige.training.trainer import Trainer
+from vestige.training.trainer_config import TrainerConfig
 
 SPEC = InputSpec.image(1, 8, 8)
 CONFIG = DFADConfig(
@@ -89,7 +90,7 @@ def digest(trainer: Trainer) -> str:
             add(f"{name}/training", {n: m.training for n, m in part.named_modules()})
     add("context", trainer.ctx.state())
     add("globals", seeding.global_state())
-    add("scores", trainer.scores)
+    add("scores", trainer.watch.scores)
     return found.hexdigest()
 
 

@@ -222,7 +222,8 @@ def test_the_report_and_the_folder_say_the_same(nets, tmp_path):
     report = distill(*nets, out=tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         *("recipe.yaml", "run.json", "metrics.jsonl", "checkpoints", "student.safetensors"),
-        *("student.json", "samples.png", "report.html", "summary.json"),
+        *("student.json", "samples.png", "samples-over-time.png", "report.html", "summary.json"),
+        "samples-over-time.png",
     }
     stored = json.loads((tmp_path / "run/summary.json").read_text())
     assert stored == json.loads(json.dumps(report.summary))
@@ -423,11 +424,10 @@ def test_unknown_methods_plug_ins_and_devices_are_named(nets):
         distill(*nets, device="gpu")
 
 
-def test_wrong_settings_of_a_plug_in_are_a_recipe_error(nets, monkeypatch):
+def test_wrong_settings_of_a_plug_in_are_a_recipe_error(nets):
     from pydantic import BaseModel, ConfigDict
 
     from vestige.core.types import Requires
-    from vestige.recipes import build
 
     class Settings(BaseModel):
         model_config = ConfigDict(extra="forbid")
@@ -435,10 +435,10 @@ def test_wrong_settings_of_a_plug_in_are_a_recipe_error(nets, monkeypatch):
 
     class Plain:
         Config, requires = Settings, Requires()
+        setup = parts = None
 
-    monkeypatch.setattr(build, "PLUGINS", SimpleNamespace(get=lambda name: Plain))
-    with pytest.raises(RecipeError, match=r"plugins\.plain\.shar: no such key; did you mean 'sha"):
-        distill(*nets, plugins=[("plain", {"shar": 1})])
+    with pytest.raises(RecipeError, match=r"plugins\..*Plain\.shar: no such key; did you mean"):
+        distill(*nets, plugins=[(Plain, {"shar": 1})])
 
 
 # Names
@@ -536,6 +536,65 @@ def test_a_budget_that_ended_the_run_is_told(nets):
 
 
 def test_the_variant_is_named(nets):
-    assert distill(*nets).summary["variant"] == ""
-    named = distill(*nets, config={"bn_weight": 1.0}).summary["variant"]
+    assert distill(*nets, defaults="published").summary["variant"] == ""
+    named = distill(*nets, config={"bn_weight": 1.0}, defaults="published").summary["variant"]
     assert named == "BN statistics"
+
+
+def test_a_class_is_a_method_and_a_class_is_a_plug_in(nets):
+    from vestige.methods.dfad import DFAD
+
+    class Mine(DFAD):
+        """A method that lives where nobody can import it from."""
+
+    class Doubled:
+        """A plug-in of the same kind."""
+
+        class Config(METHODS.get("kd").Config):
+            """Settings that nobody needs."""
+
+        requires = vestige.core.types.Requires()
+
+        def __init__(self, cfg):
+            self.cfg = cfg
+
+        def setup(self, task, teachers, student, ctx):
+            pass
+
+        def parts(self):
+            return {}
+
+        def source_terms(self, loss, batch):
+            return {"doubled": loss.total}
+
+    by_name = distill(*copy.deepcopy(nets))
+    by_class = distill(*copy.deepcopy(nets), method=Mine)
+    assert differing(state(by_name.student), state(by_class.student)) == []
+    assert by_class.summary["method"].endswith(
+        ":test_a_class_is_a_method_and_a_class_is_a_plug_in.<locals>.Mine"
+    )
+    wrapped = distill(*copy.deepcopy(nets), plugins=[Doubled])
+    assert len(wrapped.summary["plugins"]) == 1
+    with pytest.raises(RecipeError, match="name each one once"):
+        distill(*nets, plugins=[Doubled, (Doubled, {})])
+    with pytest.raises(RecipeError, match="lacks Config, requires"):
+        distill(*nets, method=Net)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"precison": "bf16"}, "trainer.precison: no such key; did you mean 'precision'"),
+        ({"log_every": 0}, "trainer.log_every: got 0"),
+        ({"minutes": 3}, r"trainer: got \['minutes'\], which distill takes as device, budget"),
+    ],
+)
+def test_how_a_run_is_driven_is_checked(given, named, nets):
+    with pytest.raises(RecipeError, match=named):
+        distill(*nets, trainer=given)
+
+
+def test_how_a_run_is_driven_can_be_said(nets, tmp_path):
+    distill(*nets, trainer={"log_every": 1}, out=tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert len([row for row in rows if row["kind"] == "step"]) == STEPS

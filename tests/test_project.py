@@ -140,7 +140,7 @@ def test_torch_is_pinned_in_the_constraints_only() -> None:
 def test_extras_agree() -> None:
     optional = set(PROJECT["project"]["optional-dependencies"])
     (everything,) = requirements("all")
-    assert everything.extras == optional - {"all", "dev"}
+    assert everything.extras == optional - {"all", "dev", "docs"}
     # torchvision breaks other packages beside a CPU-only torch: it has its own environment.
     assert make_extras() == optional - {"all", "dev", "vision"}
 

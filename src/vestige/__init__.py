@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vestige.api import DistillReport, distill, list_methods, load_teacher
     from vestige.core.types import InputSpec
+    from vestige.recipes.examples import load_examples
     from vestige.recipes.schema import Recipe
+    from vestige.teachers.loading import open_teacher
+    from vestige.training.export import export
     from vestige.training.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -18,7 +21,10 @@ _HOMES = {
     "DistillReport": "vestige.api",
     "distill": "vestige.api",
     "list_methods": "vestige.api",
+    "load_examples": "vestige.recipes.examples",
     "load_teacher": "vestige.api",
+    "open_teacher": "vestige.teachers.loading",
+    "export": "vestige.training.export",
     "InputSpec": "vestige.core.types",
     "Recipe": "vestige.recipes.schema",
     "Trainer": "vestige.training.trainer",
@@ -30,8 +36,11 @@ __all__ = [
     "Trainer",
     "__version__",
     "distill",
+    "export",
     "list_methods",
+    "load_examples",
     "load_teacher",
+    "open_teacher",
 ]
 
 

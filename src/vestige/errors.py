@@ -3,6 +3,10 @@
 A message has three parts: what was got, what was expected, what to do.
 """
 
+# Notes on an error that stopped several processes, which all have it and of which one tells it.
+TOLD_HERE = "told here for all processes of this run"
+TOLD_ELSEWHERE = "told by another process of this run"
+
 
 class VestigeError(Exception):
     """Base of every error that vestige raises on purpose."""
@@ -40,6 +44,10 @@ class ContractError(VestigeError, RuntimeError):
     """A method or a plug-in broke a rule that training and resuming rely on."""
 
 
+class ProcessError(VestigeError, RuntimeError):
+    """Another process of the same run is gone."""
+
+
 class RealDataError(VestigeError, PermissionError):
     """Code that must work without data opened a data file while it ran."""
 
@@ -52,8 +60,20 @@ class CheckpointError(VestigeError, ValueError):
     """A checkpoint is damaged or belongs to another run."""
 
 
+class ExportError(VestigeError, RuntimeError):
+    """A network cannot be written in another form, or would compute something else there."""
+
+
+class StorageError(VestigeError, OSError):
+    """A file could not be written: no space, no permission, something in the way."""
+
+
 class NonFiniteLossError(VestigeError, ArithmeticError):
     """A loss became NaN or infinite."""
+
+
+class OutOfMemoryError(VestigeError, MemoryError):
+    """Memory of the GPU or of the machine was exhausted; says where and which settings help."""
 
 
 class Interrupted(VestigeError):

@@ -62,3 +62,21 @@ def test_each_call_makes_an_optimizer_of_its_own():
     first.step()
     assert first.state
     assert not second.state
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("turned", ["weight", "grad"])
+def test_a_gradient_that_lies_otherwise_in_memory_meets_its_own_weight(name, turned):
+    values, slope = torch.randn(4, 3, 3, 3), torch.randn(4, 3, 3, 3)
+    found = []
+    for layouts in ({}, {turned: torch.channels_last}):
+        weight = nn.Parameter(values.clone())
+        weight.data = weight.data.contiguous(
+            memory_format=layouts.get("weight", torch.contiguous_format)
+        )
+        optimizer = factory(name, LR)([weight])
+        for _ in range(2):
+            weight.grad = slope.clone(memory_format=layouts.get("grad", torch.contiguous_format))
+            optimizer.step()
+        found.append(weight.detach().contiguous())
+    assert torch.equal(*found)

@@ -110,3 +110,14 @@ def test_entry_points_cannot_hide_what_is_shipped(folder, monkeypatch):
     found = registry(folder)
     assert found.names() == ["own"]
     assert found.get("own").__name__ == "Own"
+
+
+def test_a_class_of_the_users_own_goes_by_module_and_name(folder):
+    (folder / "mine.py").write_text(CLASS.format(name="Mine") + "class Bare: ...\n")
+    found = registry(folder)
+    assert found.get(f"{folder.name}.mine:Mine").__name__ == "Mine"
+    with pytest.raises(RecipeError, match="which lacks Config, run, expected a class with"):
+        found.get(f"{folder.name}.mine:Bare")
+    for wrong in (f"{folder.name}.mine:Other", "no_such_module_anywhere:Mine", ":Mine", "mine:"):
+        with pytest.raises(RecipeError, match="which cannot be imported"):
+            found.get(wrong)

@@ -68,7 +68,38 @@ def test_only_exactly_zero_is_guarded():
     assert mean.grad.item() == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("norm", ["l2", "mse"])
+def test_relative_statistics_have_no_unit_and_are_averaged_over_layers():
+    observed, stored = draw(3, 8, seed=0), draw(3, 8, seed=1)
+    one = bn_statistics_loss(observed, stored, norm="relative")
+
+    def scaled(stats: list[Stats]) -> list[Stats]:
+        # Another unit in every layer.
+        return [Stats(s.mean * u, s.var * u * u) for s, u in zip(stats, (10.0, 0.01), strict=True)]
+
+    same = bn_statistics_loss(scaled(observed), scaled(stored), norm="relative")
+    assert same.item() == pytest.approx(one.item(), rel=1e-9)
+    again = bn_statistics_loss(observed * 5, stored * 5, norm="relative")
+    assert again.item() == pytest.approx(one.item(), rel=1e-9)
+
+
+def test_a_relative_distance_of_one_is_one_stored_deviation():
+    kept = Stats(torch.tensor([2.0, 2.0]).double(), torch.tensor([4.0, 4.0]).double())
+    seen = Stats(kept.mean + 2.0, kept.var)
+    # 1e-3 of the variance is added to keep dead channels out.
+    value = bn_statistics_loss([seen], [kept], norm="relative").item()
+    assert value == pytest.approx(1, rel=1e-3)
+    wider = Stats(kept.mean, kept.var * math.e)
+    value = bn_statistics_loss([wider], [kept], norm="relative").item()
+    assert value == pytest.approx(1, rel=1e-3)
+
+
+def test_a_channel_without_variance_does_not_outweigh_the_others():
+    kept = Stats(torch.zeros(4).double(), torch.tensor([1.0, 1.0, 1.0, 1e-12]).double())
+    seen = Stats(kept.mean + 0.1, kept.var)
+    assert bn_statistics_loss([seen], [kept], norm="relative").item() < 2.5
+
+
+@pytest.mark.parametrize("norm", ["l2", "mse", "relative"])
 def test_gradient_reaches_mean_and_variance(norm):
     (stored,) = draw(4, seed=1)
 
@@ -91,5 +122,5 @@ def test_mismatches_name_the_layer():
 
 
 def test_an_unknown_norm_is_refused():
-    with pytest.raises(RecipeError, match=r"got norm 'l1'.*'l2' or 'mse'"):
+    with pytest.raises(RecipeError, match=r"got norm 'l1'.*'l2', 'mse' or 'relative'"):
         bn_statistics_loss(draw(3, seed=0), draw(3, seed=1), norm="l1")

@@ -27,7 +27,8 @@ from vestige.teachers.white_box import WhiteBoxTeacher
 from vestige.training.checkpoint import CheckpointStore
 from vestige.training.context import RunContext
 from vestige.training.tracking import Event
-from vestige.training.trainer import Trainer, TrainerConfig
+from vestige.training.trainer import Trainer
+from vestige.training.trainer_config import TrainerConfig
 
 SPEC = InputSpec.image(1, 8, 8)
 ROUNDS, ROWS = 2, 8

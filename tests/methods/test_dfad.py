@@ -568,3 +568,131 @@ def test_only_fresh_fakes_enter_the_memory(tiny_teacher, tiny_student):
     kept = method.memory.state_dict()
     assert kept["pushed"] == sum(len(made) for made in last)
     torch.testing.assert_close(kept["rows"][: kept["pushed"]], torch.cat(last))
+
+
+class Scaled(nn.Module):
+    """Another network's logits times a constant."""
+
+    def __init__(self, network: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.network, self.factor = network, factor
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.network(inputs) * self.factor
+
+
+def test_relative_units_do_not_depend_on_the_size_of_the_logits(tiny_teacher, tiny_student):
+    def losses(factor: float, units: str) -> list[float]:
+        nets = (Scaled(copy.deepcopy(net), factor) for net in (tiny_teacher, tiny_student))
+        method = doubled(make(*nets, units=units, bn_weight=1.0))
+        loss = method.generation(method.generator, Batch(latent=noise().latent.double()))
+        return [loss.terms[name].item() for name in ("adversarial", "bn_statistics")]
+
+    assert losses(7.0, "relative") == pytest.approx(losses(1.0, "relative"), rel=1e-9)
+    assert losses(7.0, "absolute")[0] == pytest.approx(7 * losses(1.0, "absolute")[0], rel=1e-9)
+
+
+def test_the_scale_of_relative_units_is_a_constant_to_the_generator(tiny_teacher, tiny_student):
+    # Otherwise the generator could gain by making the teacher's logits small.
+    plain, relative = (
+        doubled(make(tiny_teacher, tiny_student, units=units)) for units in ("absolute", "relative")
+    )
+    latent = Batch(latent=noise().latent.double())
+    first = plain.generation(plain.generator, latent)
+    second = relative.generation(relative.generator, latent)
+    ratio = (first.total / second.total).item()
+    for a, b in zip(
+        gradients(first.total, plain.generator),
+        gradients(second.total, relative.generator),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b * ratio, rtol=1e-9, atol=1e-12)
+
+
+def test_a_sigmoid_head_makes_images_in_the_teachers_space(tiny_student):
+    spec = InputSpec.image(1, 8, 8, mean=[0.3], std=[0.2])
+    teacher = build_model("convnet", spec, 3, widths=(4,))
+    method = make(teacher, tiny_student, task=Classification(spec, 3), generator_head="sigmoid")
+    method.generator.head[0].weight.data.mul_(1e3)
+    inputs = method.generation(method.generator, noise()).inputs
+    assert inputs.min().item() == pytest.approx((0 - 0.3) / 0.2, abs=1e-4)
+    assert inputs.max().item() == pytest.approx((1 - 0.3) / 0.2, abs=1e-4)
+
+
+def test_one_hot_weight_adds_that_much_of_the_teachers_doubt(tiny_teacher, tiny_student):
+    method = doubled(make(tiny_teacher, tiny_student, one_hot_weight=0.5))
+    loss = method.generation(method.generator, Batch(latent=noise().latent.double()))
+    doubt = -torch.log_softmax(loss.teacher.logits, 1).max(1).values.mean().item()
+    assert loss.terms["one_hot"].item() == pytest.approx(doubt)
+    total = loss.terms["adversarial"].item() + 0.5 * doubt
+    assert loss.total.item() == pytest.approx(total)
+    assert method.variant() == "one-hot"
+
+
+def test_replayed_rows_are_not_called_fresh(tiny_teacher, tiny_student):
+    steps = run(make(tiny_teacher, tiny_student, replay=0.5, student_steps=1))
+    marks = [step.loss.fresh for step in steps if step.role == "student"]
+    assert marks[0] is None, "nothing to replay yet"
+    assert [mark.tolist() for mark in marks[1:]] == [[True] * 4 + [False] * 4] * 3
+    plain = run(make(tiny_teacher, tiny_student, student_steps=1))
+    assert all(step.loss.fresh is None for step in plain)
+
+
+# What is suggested where nobody tuned
+
+
+def suggestion(spec: InputSpec, classes: int, teacher: nn.Module | None = None) -> dict[str, Any]:
+    teacher = teacher or build_model("convnet", spec, classes)
+    student = build_model("convnet", spec, classes, widths=(4, 8))
+    task = Classification(spec, classes)
+    return dict(DFAD.suggest(task, [WhiteBoxTeacher(teacher)], student))
+
+
+@pytest.mark.parametrize("classes", [2, 1000])
+@pytest.mark.parametrize("size", [(8, 8), (28, 28), (33, 47), (64, 64), (96, 96), (224, 224)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_suggestion_fits_any_image_and_any_number_of_classes(channels, size, classes):
+    spec = InputSpec.image(channels, *size)
+    cfg = DFADConfig(**suggestion(spec, classes))
+    teacher = build_model("convnet", spec, classes)
+    method = DFAD(cfg, Classification(spec, classes), [WhiteBoxTeacher(teacher)], teacher, {})
+    assert method.generator(torch.randn(2, cfg.latent_dim)).shape == (2, *spec.shape)
+    assert cfg.bn_weight > 0
+    assert cfg.units == "relative"
+
+
+def test_a_suggestion_follows_what_the_teacher_offers():
+    normalised = InputSpec.image(1, 32, 32, mean=[0.5], std=[0.5])
+    with_statistics, without = (
+        suggestion(normalised, 10, build_model(name, normalised, 10))
+        for name in ("convnet", "lenet5")
+    )
+    assert with_statistics["bn_weight"] > 0
+    assert "bn_weight" not in without
+    # Pixels have a range, other numbers have none.
+    assert with_statistics["generator_head"] == "sigmoid"
+    maps = InputSpec("feature-maps", (1, 32, 32))
+    assert suggestion(maps, 10)["generator_head"] == "tanh_bn"
+
+
+def test_dear_networks_get_fewer_iterations_and_smaller_batches_within_limits():
+    spec = InputSpec.image(3, 32, 32)
+    cheap = suggestion(spec, 10, build_model("convnet", spec, 10))
+    dear = suggestion(spec, 10, build_model("resnet18", spec, 10))
+    assert cheap["rounds"] * cheap["iterations"] > 2 * dear["rounds"] * dear["iterations"]
+    assert dear["batch_size"] <= cheap["batch_size"]
+    assert dear["rounds"] * dear["iterations"] >= 80
+
+
+def test_a_suggestion_draws_nothing_and_is_always_the_same():
+    spec = InputSpec.image(1, 28, 28)
+    teacher = build_model("convnet", spec, 10)
+    before, random = state_of(teacher), torch.get_rng_state()
+    first = DFAD.suggest(Classification(spec, 10), [WhiteBoxTeacher(teacher)], teacher)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert same(before, state_of(teacher))
+    assert first == DFAD.suggest(Classification(spec, 10), [WhiteBoxTeacher(teacher)], teacher)
+
+
+def test_nothing_is_suggested_for_what_was_not_tried(tiny_teacher, tiny_student):
+    assert DFAD.suggest(Dense(), [WhiteBoxTeacher(tiny_teacher)], tiny_student) == {}

@@ -13,14 +13,15 @@ from vestige.core.types import Access, Batch, InputSpec
 from vestige.errors import AccessError, RecipeError
 from vestige.methods.kd import KD, KDConfig
 from vestige.models.generators import UpsampleGenerator
-from vestige.recipes.build import check_requirements
+from vestige.recipes.requirements import check_requirements
 from vestige.sources.generator import GeneratorSource
 from vestige.sources.images import TensorSource
 from vestige.sources.noise import NoiseSource
 from vestige.tasks.classification import Classification
 from vestige.teachers.black_box import BlackBoxTeacher
 from vestige.teachers.white_box import WhiteBoxTeacher
-from vestige.training.trainer import Trainer, TrainerConfig
+from vestige.training.trainer import Trainer
+from vestige.training.trainer_config import TrainerConfig
 
 SPEC = InputSpec.image(1, 8, 8)
 TASK = Classification(SPEC, 3)

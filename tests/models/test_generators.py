@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from vestige.core.types import count_parameters
 from vestige.errors import RecipeError, ShapeError
-from vestige.models.generators import DCGANGenerator, UpsampleGenerator
+from vestige.models.generators import DCGANGenerator, PyramidGenerator, UpsampleGenerator
 
 
 def noise(batch: int, latent_dim: int) -> torch.Tensor:
@@ -85,6 +85,26 @@ def test_full_size_networks_have_the_papers_weights():
     # Sums over the layers listed in dfad.md, done by hand.
     assert count_parameters(UpsampleGenerator(100, 1, 32)) == 1_049_985
     assert count_parameters(DCGANGenerator(256, 3, 128)) == 11_243_203
+
+
+@pytest.mark.parametrize("head", ["tanh_bn", "sigmoid", "bn"])
+def test_a_pyramid_of_two_levels_is_generator_a(head):
+    published = build(UpsampleGenerator, 20, 3, 28, width=4, head=head)
+    pyramid = PyramidGenerator(20, 3, 28, width=4, head=head)
+    pyramid.load_state_dict(published.state_dict())
+    latent = noise(8, 20)
+    assert torch.equal(pyramid(latent), published(latent))
+
+
+@pytest.mark.parametrize(
+    ("size", "levels"), [(8, 2), ((33, 47), 3), (28, 2), (64, 3), (96, 4), (5, 2), ((16, 224), 5)]
+)
+def test_a_pyramid_makes_any_size_from_a_small_map(size, levels):
+    net = build(PyramidGenerator, 6, 1, size, width=2)
+    assert net(noise(3, 6)).shape[2:] == (size if isinstance(size, tuple) else (size, size))
+    ups = [part for part in net.modules() if isinstance(part, nn.Upsample)]
+    assert len(ups) == levels
+    assert max(net.project[1].unflattened_size[1:]) <= 8
 
 
 def test_generator_b_halves_its_channels_towards_the_image():

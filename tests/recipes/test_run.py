@@ -19,9 +19,9 @@ from vestige.recipes.run import run_arms, run_recipe
 from vestige.recipes.schema import Recipe, load_recipe
 from vestige.tasks.classification import Classification
 from vestige.teachers.loading import ImageInput, builtin_card, fingerprint, load_teacher
+from vestige.training.outcome import Outcome
 from vestige.training.summary import summarize
 from vestige.training.tracking import Event
-from vestige.training.trainer import Outcome
 
 RUN_FILES = {
     "recipe.yaml",
@@ -31,6 +31,8 @@ RUN_FILES = {
     "student.safetensors",
     "student.json",
     "samples.png",
+    "samples-over-time.png",
+    "evaluation.json",
     "report.html",
     "summary.json",
 }
@@ -346,7 +348,10 @@ def test_a_run_of_arms_leaves_one_folder_each_and_one_whole(arms_run):
 def test_the_whole_is_the_headline_arms_and_no_score_chooses_it(arms_run):
     recipe, out, summary = arms_run
     assert recipe.headline == summary["headline"] == "dfad-bn"
-    for file in ("student.safetensors", "student.json", "samples.png"):
+    for file in (
+        *("student.safetensors", "student.json", "samples.png", "samples-over-time.png"),
+        "evaluation.json",
+    ):
         assert digest(out / file) == digest(out / "arms/dfad-bn" / file)
     own = json.loads((out / "arms/dfad-bn/summary.json").read_text())
     assert summary["student"] == own["student"]
@@ -456,7 +461,7 @@ def test_data_of_other_classes_is_refused_before_training(tmp_path):
     images = np.zeros((8, 16, 16), dtype=np.uint8)
     for split in ("train", "test"):
         np.savez(folder / f"{split}.npz", x=images, y=np.arange(8) % 4, classes=list("abcd"))
-    with pytest.raises(DataError, match=r"got 4 classes in .*, expected 10"):
+    with pytest.raises(DataError, match=r"got 4 classes in .*, expected the 10"):
         run_recipe(load_recipe("kd", preset="smoke", overrides=[f"data={folder}"]), tmp_path / "r")
 
 

@@ -1,14 +1,17 @@
 import json
 import logging
+import os
+import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from vestige.core.types import InputSpec
 from vestige.data.image import channel_statistics, load_images, to_inputs
-from vestige.errors import DataError, RecipeError
+from vestige.errors import CheckpointError, DataError, Interrupted, RecipeError
 from vestige.recipes import teacher as teacher_module
 from vestige.recipes.teacher import (
     RECIPES_FOLDER,
@@ -21,7 +24,13 @@ from vestige.recipes.teacher import (
 from vestige.tasks.classification import Classification
 from vestige.teachers.loading import builtin_card, fingerprint, load_teacher, read_card
 
-SHIPPED = ["digits-convnet", "fashion-mnist-convnet", "mnist-convnet", "mnist-lenet5"]
+SHIPPED = [
+    "cifar10-resnet34",
+    "digits-convnet",
+    "fashion-mnist-convnet",
+    "mnist-convnet",
+    "mnist-lenet5",
+]
 
 
 @pytest.fixture
@@ -62,11 +71,16 @@ def test_nothing_else_is_shipped() -> None:
     assert teacher_recipes() == SHIPPED
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize(
+    "name",
+    # Half a gigabyte of pixels takes a while.
+    [pytest.param(name, marks=pytest.mark.slow if "cifar" in name else ()) for name in SHIPPED],
+)
 def test_normalisation_is_that_of_the_training_images(name: str) -> None:
     recipe = load_teacher_recipe(name)
     try:
-        images = load_images(recipe.data, "train").images
+        splits = ("train", "select") if recipe.with_select else ("train",)
+        images = np.concatenate([load_images(recipe.data, split).images for split in splits])
     except DataError as error:
         pytest.skip(str(error))
     plain = InputSpec.image(*recipe.input.spec().shape)
@@ -210,3 +224,103 @@ def test_classes_must_be_those_of_the_data(tmp_path: Path) -> None:
     recipe: TeacherRecipe = load_teacher_recipe(write(tmp_path / "seven.yaml", num_classes=7))
     with pytest.raises(RecipeError, match=r"num_classes=7 .* expected 10"):
         train_teacher(recipe, None)
+
+
+# Slices
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def three_epochs(quick: Path) -> TeacherRecipe:
+    recipe = load_teacher_recipe(quick)
+    training = recipe.training.model_copy(update={"epochs": 3})
+    return recipe.model_copy(update={"training": training})
+
+
+def test_slices_and_a_kill_leave_the_same_bytes_as_one_go(
+    three_epochs: TeacherRecipe, tmp_path: Path
+) -> None:
+    train_teacher(three_epochs, tmp_path / "whole")
+    out = tmp_path / "sliced"
+    with pytest.raises(Interrupted, match="stopped after epoch 1 of 3; --resume goes on"):
+        train_teacher(three_epochs, out, minutes=1e-9)
+    assert [path.name for path in out.iterdir()] == ["quick.training"]
+    child = os.fork()
+    if child == 0:
+
+        def kill(epoch: int, loss: float) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        train_teacher(three_epochs, out, resume=True, on_epoch=kill)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    epochs: list[int] = []
+    train_teacher(three_epochs, out, resume=True, on_epoch=lambda epoch, loss: epochs.append(epoch))
+    assert epochs == [3]
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_a_finished_teacher_is_not_trained_again(quick: Path, tmp_path: Path) -> None:
+    recipe = load_teacher_recipe(quick)
+    module, card = train_teacher(recipe, tmp_path)
+    epochs: list[int] = []
+    again, same = train_teacher(
+        recipe, tmp_path, resume=True, on_epoch=lambda epoch, loss: epochs.append(epoch)
+    )
+    assert (epochs, same) == ([], card)
+    assert fingerprint(again) == fingerprint(module)
+    other = recipe.model_copy(update={"seed": 1})
+    with pytest.raises(CheckpointError, match="made by another recipe"):
+        train_teacher(other, tmp_path, resume=True)
+
+
+def test_the_training_of_another_recipe_is_not_resumed(
+    three_epochs: TeacherRecipe, tmp_path: Path
+) -> None:
+    with pytest.raises(Interrupted):
+        train_teacher(three_epochs, tmp_path, minutes=1e-9)
+    with pytest.raises(CheckpointError, match="was started with another recipe"):
+        train_teacher(three_epochs.model_copy(update={"seed": 1}), tmp_path, resume=True)
+    # Started anew it finds nothing of the old one.
+    epochs: list[int] = []
+    train_teacher(three_epochs, tmp_path, on_epoch=lambda epoch, loss: epochs.append(epoch))
+    assert epochs == [1, 2, 3]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_leave_a_training_that_goes_on(
+    number: signal.Signals, three_epochs: TeacherRecipe, tmp_path: Path
+) -> None:
+    def stop(epoch: int, loss: float) -> None:
+        os.kill(os.getpid(), number)
+
+    with pytest.raises(Interrupted, match="stopped after epoch 1 of 3"):
+        train_teacher(three_epochs, tmp_path, on_epoch=stop)
+    with pytest.raises(Interrupted, match="nothing was kept"):
+        train_teacher(three_epochs, None, on_epoch=stop)
+
+
+def test_keys_that_came_later_change_a_digest_only_where_they_are_used() -> None:
+    recipe = load_teacher_recipe("digits-convnet")
+    for changes in ({"device": "auto"}, {"with_select": True}):
+        assert recipe.model_copy(update=changes).sha256() != recipe.sha256()
+    flipped = recipe.training.model_copy(update={"flip": True})
+    assert recipe.model_copy(update={"training": flipped}).sha256() != recipe.sha256()
+
+
+def test_the_select_split_is_trained_on_only_if_asked_for(quick: Path) -> None:
+    recipe = load_teacher_recipe(quick)
+    _, without = train_teacher(recipe, None)
+    _, card = train_teacher(recipe.model_copy(update={"with_select": True}), None)
+    assert without.train_fingerprint == load_images("digits", "train").fingerprint
+    assert card.train_fingerprint != without.train_fingerprint
+    assert card.weights_fingerprint != without.weights_fingerprint
+
+
+def test_settings_of_another_optimizer_are_refused(tmp_path: Path) -> None:
+    values = yaml.safe_load((RECIPES_FOLDER / "digits-convnet.yaml").read_text())["training"]
+    with pytest.raises(RecipeError, match="momentum and nesterov belong to optimizer: sgd"):
+        load_teacher_recipe(write(tmp_path / "x.yaml", training={**values, "nesterov": True}))

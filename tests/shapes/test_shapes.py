@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from vestige.core import seeding
-from vestige.training.trainer import Trainer, TrainerConfig
+from vestige.training.trainer import Trainer
+from vestige.training.trainer_config import TrainerConfig
 
 SHAPES = {
     "a adversarial pair": (s.AdversarialPair, ()),
@@ -61,7 +62,7 @@ def score(net):
 def everything(trainer):
     """Every tensor that could differ, by name."""
     found = {"rng": trainer.ctx.rng.get_state(), "global": torch.get_rng_state()}
-    for name, part in trainer._all_parts():
+    for name, part in trainer.parts().items():
         for key, value in part.state_dict().items() if hasattr(part, "state_dict") else ():
             if isinstance(value, torch.Tensor):
                 found[f"{name}/{key}"] = value.clone()
@@ -71,7 +72,7 @@ def everything(trainer):
             found |= {
                 f"{name}/{n}/training": torch.tensor(m.training) for n, m in part.named_modules()
             }
-    for name, entry in trainer.ctx._optimizers.items():
+    for name, entry in trainer.ctx._optimizers.by_name.items():
         for index, state in entry.optimizer.state_dict()["state"].items():
             found |= {
                 f"{name}/{index}/{k}": v for k, v in state.items() if isinstance(v, torch.Tensor)
@@ -120,7 +121,7 @@ def test_a_killed_run_resumes_bit_identical(name, point, tmp_path):
     assert found.keys() == expected.keys()
     different = [key for key, value in expected.items() if not torch.equal(value, found[key])]
     assert different == []
-    assert resumed.scores == whole.scores
+    assert resumed.watch.scores == whole.watch.scores
     assert steps(tmp_path / "killed") == steps(tmp_path / "whole")
 
 
@@ -136,7 +137,7 @@ def test_the_student_learns_something_and_the_teacher_stays(name, tmp_path):
     assert all(
         torch.equal(value, trainer.teachers[0].state_dict()[k]) for k, value in teacher.items()
     )
-    assert trainer.ctx.called == set(trainer.plugins)
+    assert trainer.ctx.hooks.called == set(trainer.plugins)
 
 
 def test_the_black_box_stops_at_its_budget():

@@ -1,4 +1,5 @@
 import copy
+import json
 import math
 
 import pytest
@@ -128,3 +129,64 @@ def test_label_mistakes_say_what_to_do(task: Classification) -> None:
 
 def test_small_integer_labels_are_labels(task: Classification) -> None:
     assert task.evaluate(Identity(), (LOGITS, LABELS.to(torch.uint8)))["accuracy"] == 0.6
+
+
+class Column(nn.Module):
+    """Answers the class that stands in one column of its inputs."""
+
+    def __init__(self, column: int, classes: int) -> None:
+        super().__init__()
+        self.column, self.classes = column, classes
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return functional.one_hot(inputs[:, self.column].long(), self.classes).float()
+
+
+def test_details_tell_who_is_right_where() -> None:
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2])
+    student = torch.tensor([0, 1, 0, 1, 2, 0, 1, 0])
+    teacher = torch.tensor([0, 0, 1, 1, 2, 2, 1, 2])
+    inputs = torch.stack([student, teacher, labels], 1).float()
+    found = Classification(InputSpec("embedding", (3,)), 3).details(
+        Column(0, 3), Column(1, 3), (inputs, labels), batch_size=3
+    )
+    assert json.loads(json.dumps(found)) == found
+    assert found["inputs"] == 8 and found["inputs_per_class"] == [3, 4, 1]
+    assert found["student"] == {"accuracy": 0.5, "per_class": [2 / 3, 0.5, 0.0]}
+    assert found["teacher"] == {"accuracy": 5 / 8, "per_class": [2 / 3, 0.5, 1.0]}
+    assert found["agreement"] == {
+        "share": 0.5,  # inputs 0, 3, 4 and 6
+        "both_right": 3,
+        "student_alone_right": 1,
+        "teacher_alone_right": 2,
+        "same_wrong": 1,
+        "different_wrong": 1,
+    }
+    assert found["confusion"]["student"] == [[2, 1, 0], [1, 2, 1], [1, 0, 0]]
+    assert found["confused"][0] == {"class": 0, "taken_for": 1, "count": 1}
+    assert sum(item["count"] for item in found["confused"]) == 4
+
+
+def test_details_do_with_no_teacher_and_with_empty_classes(task: Classification) -> None:
+    found = task.details(Identity(), None, (LOGITS, LABELS))
+    assert found["teacher"] is None and found["agreement"] is None
+    assert list(found["confusion"]) == ["student"]
+    assert found["student"]["per_class"] == [1.0, 0.5, None]
+    assert found["student"]["accuracy"] == task.evaluate(Identity(), (LOGITS, LABELS))["accuracy"]
+
+
+@pytest.mark.parametrize(("classes", "drawn"), [(2, True), (20, True), (21, False), (1000, False)])
+def test_the_confusion_of_many_classes_is_cut_to_the_most_frequent_mistakes(
+    classes: int, drawn: bool
+) -> None:
+    labels = torch.arange(classes).repeat(2)
+    # Every class is right once and taken for its neighbour once; class 0 for class 1 once more.
+    answers = torch.cat([torch.arange(classes), (torch.arange(classes) + 1) % classes])
+    labels, answers = torch.cat([labels, labels[:1]]), torch.cat([answers, torch.tensor([1])])
+    inputs = answers[:, None].float()
+    task = Classification(InputSpec("embedding", (1,)), classes)
+    found = task.details(Column(0, classes), None, (inputs, labels))
+    assert (found["confusion"] is not None) is drawn
+    assert found["confused"][0] == {"class": 0, "taken_for": 1, "count": 2}
+    assert len(found["confused"]) == min(classes, 10)
+    assert len(found["student"]["per_class"]) == classes

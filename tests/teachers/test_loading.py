@@ -63,8 +63,8 @@ def test_builtin_teacher_is_not_bent_to_another_use() -> None:
 def test_unknown_names_list_what_there_is() -> None:
     with pytest.raises(TeacherError, match=r"'nothing', expected one of .*digits-convnet"):
         load_teacher("builtin:nothing")
-    for name in ("timm:resnet50", "hf:bert", "resnet50"):
-        with pytest.raises(TeacherError, match="starts with builtin: or a mapping"):
+    for name in ("tim:resnet50", "resnet50"):
+        with pytest.raises(TeacherError, match="starts with builtin: or timm: or hf: or a mapping"):
             load_teacher(name)
 
 
@@ -134,6 +134,10 @@ def test_factory_of_the_user(tmp_path: Path, factory: str) -> None:
         ({"factory": "user_nets:make", "weigths": "a.pt"}, "did you mean 'weights'"),
         ({"factory": "user_nets:make", "model": "convnet"}, "either 'factory' or 'model'"),
         ({"args": {}}, "either 'factory' or 'model'"),
+        ({"factory": "user_nets:make", "combine": "logits"}, "'factory' does not take 'combine'"),
+        ({"ensemble": ["builtin:digits-convnet"], "args": {}}, "'ensemble' does not take 'args'"),
+        ({"ensemble": "builtin:digits-convnet"}, "expected a list"),
+        ({"factory": "user_nets:make", "input": {"chanels": 3}}, "expected channels, height"),
     ],
 )
 def test_mistakes_in_a_mapping(factory: str, spec: dict[str, object], expected: str) -> None:

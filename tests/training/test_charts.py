@@ -9,12 +9,12 @@ import pytest
 from vestige.training.charts import (
     Series,
     bar,
-    heat_strip,
     line_chart,
     percent,
     plain,
     shares_of,
 )
+from vestige.training.heat_charts import confusion, heat_strip
 
 HOSTILE = "<script>alert(1)</script>&\"'"
 
@@ -120,3 +120,46 @@ def test_numbers_are_short() -> None:
         "0.0123", "12.3", "1.23k", "2.5M", "–",
     ]  # fmt: skip
     assert percent(0.5) == "50 %" and shares_of([1, 3]) == [0.25, 0.75]
+
+
+def test_ticks_of_counts_are_whole() -> None:
+    svg = line_chart([Series("a", [(1, 0.0), (2, 1.0)])], title="t", x_label="round")
+    bottom = [
+        element.text
+        for element in ElementTree.fromstring(svg).iter("text")
+        if element.attrib["text-anchor"] == "middle" and element.text != "round"
+    ]
+    assert bottom == ["1", "2"]
+    between = _texts(line_chart([Series("a", [(0.1, 0.0), (0.4, 1.0)])], title="t"))
+    assert "0.2" in between
+
+
+def _cells(svg: str) -> dict[str, tuple[float, str]]:
+    """Opacity and colour of the titled cells of a confusion matrix by their titles."""
+    found = {}
+    for rect in ElementTree.fromstring(svg).iter("rect"):
+        title = rect.find("title")
+        if title is not None:
+            found[title.text or ""] = (float(rect.attrib["fill-opacity"]), rect.attrib["style"])
+    return found
+
+
+def test_a_confusion_matrix_shades_by_row_and_tells_mistakes_by_colour() -> None:
+    svg = confusion([[9, 0], [36, 64]], title="t", names=["cat", "dog"])
+    cells = _cells(svg)
+    assert [cells[name][0] for name in ("cat, right: 9", "dog, right: 64")] == [1.0, 0.8]
+    assert cells["dog taken for cat: 36"][0] == 0.6 and cells["cat taken for dog: 0"][0] == 0.0
+    right, wrong = cells["dog, right: 64"][1], cells["dog taken for cat: 36"][1]
+    assert "--series-0" in right and "--series-1" in wrong
+    # Numbers of inputs are written into the cells, none into an empty one.
+    assert {"9", "36", "64"} <= set(_texts(svg)) and "0" not in _texts(svg)
+
+
+def test_a_confusion_matrix_takes_any_counts_and_names() -> None:
+    for size in (1, 2, 20):
+        ElementTree.fromstring(confusion([[1.0] * size] * size, title="t", names=[HOSTILE]))
+    for broken in ([], [[1.0]] * 2, [[1.0] * 21] * 21):
+        assert _texts(confusion(broken, title="t")) == ["no finite values"]
+    svg = confusion([[math.nan, -1.0], [math.inf, 2.0]], title=HOSTILE)
+    assert "nan" not in svg.lower().replace("–", "") and "<script" not in svg
+    ElementTree.fromstring(svg)

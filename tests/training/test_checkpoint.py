@@ -1,7 +1,9 @@
 import json
 import logging
 import math
+import shutil
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from vestige.core import seeding
@@ -273,6 +276,188 @@ def test_a_write_that_fails_leaves_nothing_and_the_old_ones(three, monkeypatch):
         three.save(4, {"number": 4}, {})
     assert sorted(three.folder.iterdir()) == before
     assert three.load()["number"] == 3
+
+
+def test_a_file_that_cannot_be_read_is_no_damaged_one(three, monkeypatch):
+    read = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path.name.startswith("00000003"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    before = files(three)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot be read \(Permission denied\)"):
+        three.load()
+    assert files(three) == before
+
+
+def test_an_older_one_under_a_higher_number_is_not_taken_for_the_newest(three):
+    older, newest = files(three)
+    (three.folder / f"00000009{older.name[8:]}").write_bytes(older.read_bytes())
+    assert three.load()["number"] == 3
+    assert files(three) == [older, newest]
+
+
+def named(data: bytes, number: int = 9) -> str:
+    return f"{number:08d}-{sha256(data).hexdigest()[:16]}.safetensors"
+
+
+def with_header(header: bytes, rest: bytes = b"", length: int | None = None) -> bytes:
+    size = len(header) if length is None else length
+    return size.to_bytes(8, "little") + header + rest
+
+
+def foreign(tree: Any) -> bytes:
+    return save({"0": torch.ones(2)}, {"tree": tree if isinstance(tree, str) else json.dumps(tree)})
+
+
+FOREIGN = {
+    "no header": b"\1",
+    "a huge length": with_header(b"{}", length=2**64 - 1),
+    "a length beyond the file": with_header(b"{}", length=10**6),
+    "an empty header": with_header(b"{}"),
+    "a header that is a list": with_header(b"[]"),
+    "a deep header": with_header(b"[" * 100_000),
+    "another program's": save({"weight": torch.ones(2)}),
+    "metadata without a tree": save({"weight": torch.ones(2)}, {"format": "pt"}),
+    "a tree that is no JSON": foreign("{"),
+    "a deep tree": foreign("[" * 100_000),
+    "a tree that is a number": foreign(3),
+    "a tree without shards": foreign({"number": 9}),
+    "shards that are no mapping": foreign({"number": 9, "shards": [1]}),
+    "names of shards that are numbers": foreign({"number": 9, "shards": {"a": [1]}}),
+    "a tensor that is missing": foreign(
+        {"number": 9, "shards": {}, "x": {"$": "tensor", "key": "7"}}
+    ),
+    "a tensor without key": foreign({"number": 9, "shards": {}, "x": {"$": "tensor"}}),
+    "keys that cannot be keys": foreign(
+        {"number": 9, "shards": {}, "x": {"$": "items", "items": [[[1], 2]]}}
+    ),
+    "an array of a number": foreign({"number": 9, "shards": {}, "x": {"$": "numpy", "array": 1}}),
+    "another number": foreign({"number": 8, "shards": {}}),
+    "offsets beyond the data": with_header(
+        b'{"0":{"dtype":"F32","shape":[2],"data_offsets":[0,800]},"__metadata__":{"tree":"{}"}}',
+        b"12345678",
+    ),
+    "shapes that overflow": with_header(
+        b'{"0":{"dtype":"F32","shape":[18446744073709551615,9],"data_offsets":[0,8]}}', b"12345678"
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_foreign_file_whose_name_fits_is_damaged_all_the_same(three, what, caplog):
+    data = FOREIGN[what]
+    path = three.folder / named(data)
+    path.write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        assert three.load()["number"] == 3
+    assert f"{path.name} is damaged" in caplog.text
+    assert not path.exists()
+
+
+def test_a_mark_of_a_newer_version_is_told_and_the_file_kept(three):
+    data = foreign({"number": 9, "shards": {}, "x": {"$": "hologram"}})
+    (three.folder / named(data)).write_bytes(data)
+    with pytest.raises(CheckpointError, match="newer version"):
+        three.load()
+    assert (three.folder / named(data)).exists()
+
+
+ACCIDENTS = ("flip", "cut", "insert", "swap", "renumber", "length", "drop", "forge")
+STATES = {
+    number: {"weights": torch.arange(5) + number, "text": f"round {number}", "none": [None, (1,)]}
+    for number in (1, 2)
+}
+
+
+def after_accidents(draw: Any, sound: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files of a store after a few accidents; a forged one has a name that fits its bytes."""
+    found = {name: bytearray(data) for name, data in sound.items()}
+    for _ in range(draw(st.integers(1, 4))):
+        name = draw(st.sampled_from(sorted(found)))
+        data = found[name]
+        # Most of what can be misread stands at the front.
+        end = len(data) if draw(st.booleans()) else min(len(data), 64)
+        place = draw(st.integers(0, max(0, end - 1)))
+        match draw(st.sampled_from(ACCIDENTS)):
+            case "flip" if data:
+                data[place] ^= draw(st.integers(1, 255))
+            case "cut":
+                del data[place:]
+            case "insert":
+                data[place:place] = draw(st.binary(min_size=1, max_size=40))
+            case "swap":
+                other = draw(st.sampled_from(sorted(found)))
+                found[name], found[other] = found[other], found[name]
+            case "renumber":
+                found[f"{draw(st.integers(0, 5)):08d}{name[8:]}"] = bytearray(data)
+            case "length":
+                data[:8] = draw(st.integers(0, 2**64 - 1)).to_bytes(8, "little")
+            case "drop" if len(found) > 1:
+                del found[name]
+            case "forge":
+                found[named(bytes(data), draw(st.integers(0, 5)))] = found.pop(name)
+    return {name: bytes(data) for name, data in found.items()}
+
+
+def load_after_accidents(sound: Mapping[str, bytes], folder: Path, data: Any) -> None:
+    """Whatever happened to the bytes, what is loaded is what was saved, or nothing is."""
+    left = after_accidents(data.draw, sound)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, content in left.items():
+        (folder / name).write_bytes(content)
+    store = CheckpointStore(folder)
+    whole = [int(name[:8]) for name in left if sound.get(name) == left[name]]
+    forged = [
+        name for name in left if name not in sound and name == named(left[name], int(name[:8]))
+    ]
+    try:
+        found = store.load()
+    except CheckpointError:
+        assert not whole or forged
+        return
+    assert isinstance(found, dict)
+    assert found["number"] >= max(whole, default=0)
+    assert whole or forged
+    # The bytes of a forged file are right by their name, whatever they say.
+    if not forged:
+        assert found["number"] == max(whole)
+        expected = STATES[found["number"]]
+        assert torch.equal(found.pop("weights"), expected["weights"])
+        assert found["text"] == expected["text"]
+        assert found["none"] == expected["none"]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> dict[str, bytes]:
+    """The files of two checkpoints that nothing happened to."""
+    store = CheckpointStore(tmp_path_factory.mktemp("sound"))
+    for number, state in STATES.items():
+        store.save(number, state, {})
+    return {path.name: path.read_bytes() for path in files(store)}
+
+
+@given(st.data())
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_accidents_cost_a_checkpoint_or_are_told_and_never_give_a_wrong_state(
+    sound, tmp_path, data
+):
+    load_after_accidents(sound, tmp_path / "fuzz", data)
+
+
+@pytest.mark.slow
+@given(st.data())
+@settings(
+    max_examples=10_000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_ten_thousand_accidents(sound, tmp_path, data):
+    load_after_accidents(sound, tmp_path / "fuzz", data)
 
 
 def test_an_empty_or_missing_folder_holds_none(tmp_path):

@@ -18,9 +18,11 @@ from vestige.core.types import Batch, InputSpec, Loss, Prediction, Requires, Res
 from vestige.errors import ContractError
 from vestige.tasks.classification import Classification
 from vestige.training.checkpoint import decode, encode
-from vestige.training.context import RunContext, ScopedContext
+from vestige.training.context import RunContext
 from vestige.training.files import tensors_to_bytes
-from vestige.training.trainer import Trainer, TrainerConfig
+from vestige.training.scoped_context import ScopedContext
+from vestige.training.trainer import Trainer
+from vestige.training.trainer_config import TrainerConfig
 
 
 def context(plugins: Mapping[str, Any] | None = None, **given: Any) -> RunContext:
@@ -560,7 +562,7 @@ def test_gradient_plug_ins_nest_in_order():
     optimizer = ctx.optimizer("student", net.parameters(), sgd())
     ctx.update("student", net, loss_fn, batch_of(), optimizer)
     assert log == ["outer in", "inner in", "loss", "inner out", "outer out"]
-    assert ctx.called == {"outer", "inner"}
+    assert ctx.hooks.called == {"outer", "inner"}
 
 
 @pytest.mark.parametrize("role", ["source", "auxiliary"])

@@ -48,6 +48,24 @@ def healthy(count: int = 20) -> list[RoundRecord]:
     return records
 
 
+# What is counted
+
+
+def test_rows_that_are_replayed_are_not_counted():
+    new, old = torch.eye(CLASSES)[[1, 2]], torch.eye(CLASSES)[[3, 3]]
+    teacher = torch.cat([new, old])
+    # Right on one of the two new rows, and on all that were seen before.
+    student = torch.cat([new.flip(0)[:1], new[1:], old])
+    fresh = torch.tensor([True, True, False, False])
+    diagnosis = Diagnosis(CLASSES)
+    loss = Loss({}, torch.zeros(()), None, Prediction(teacher), Prediction(student), fresh=fresh)
+    diagnosis.observe(loss)
+    diagnosis.observe(loss.detach())
+    record = diagnosis.end_round(None)
+    assert record.agreement == 0.5
+    assert record.classes == (0, 2, 2, 0, 0, 0, 0, 0, 0, 0)
+
+
 # Whole runs
 
 

@@ -27,7 +27,8 @@ from vestige.tasks.classification import Classification
 from vestige.teachers.white_box import WhiteBoxTeacher
 from vestige.training import guard
 from vestige.training.guard import pausing
-from vestige.training.trainer import Trainer, TrainerConfig
+from vestige.training.trainer import Trainer
+from vestige.training.trainer_config import TrainerConfig
 
 
 @contextmanager
@@ -204,6 +205,42 @@ def test_a_thread_of_the_method_is_watched_as_well(data):
         thread = threading.Thread(target=peek)
         thread.start()
         thread.join()
+    assert len(caught) == 1
+
+
+def test_a_thread_of_a_tracker_may_read_later(data):
+    ready, read = threading.Event(), []
+
+    def work() -> None:
+        ready.wait()
+        read.append(data.read_bytes())
+
+    with guard.watching("x"):
+        with guard.trusting():
+            thread = threading.Thread(target=work)
+            thread.start()
+        ready.set()
+        thread.join(5)
+    assert len(read) == 1
+
+
+def test_a_thread_that_began_beside_the_tracker_is_watched(data):
+    begin, caught = threading.Event(), []
+
+    def read() -> None:
+        begin.wait()
+        try:
+            data.read_bytes()
+        except RealDataError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=read)
+    with pytest.raises(RealDataError, match="tried to open"), guard.watching("x"):
+        thread.start()
+        with guard.trusting():
+            pass
+        begin.set()
+        thread.join(5)
     assert len(caught) == 1
 
 

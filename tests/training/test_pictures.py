@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vestige.errors import ShapeError
-from vestige.training.pictures import PAPER, contact_sheet, save_png
+from vestige.training.pictures import PAPER, contact_sheet, save_png, time_strip
 
 
 def _read(path: Path) -> np.ndarray:
@@ -106,3 +106,26 @@ def test_a_failed_write_keeps_the_old_picture(
         save_png(np.ones((2, 2), np.uint8), tmp_path / "a.png")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     assert _read(tmp_path / "a.png").max() == 0
+
+
+def test_moments_stand_in_columns_with_a_caption_under_each_image() -> None:
+    images = torch.tensor([10, 200], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    strip = time_strip([("round 1", images, ["a", "b"]), ("round 9", images[:1], ["c"])])
+    side = 14 * 8  # 8 pixels, enlarged to as many whole times as 112 holds
+    line = (strip.shape[0] - 2 * side) // 3
+    assert strip.shape == (line + 2 * (side + line), 2 * (side + 16) - 16, 3)
+    for row, value in ((0, 10), (1, 200)):
+        top = line + row * (side + line)
+        assert (strip[top : top + side, :side] == value).all()
+        caption = strip[top + side : top + side + line, :side]
+        assert (caption == PAPER).any() and (caption < PAPER).any()
+    assert (strip[line : line + side, side + 16 :] == 10).all()
+    # The second moment has one image only: below its caption there is paper.
+    assert (strip[2 * line + side :, side + 16 :] == PAPER).all()
+
+
+def test_a_strip_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ShapeError, match="no columns"):
+        time_strip([])
+    with pytest.raises(ShapeError, match="1 labels for 2 images"):
+        time_strip([("round 1", torch.zeros(2, 1, 4, 4, dtype=torch.uint8), ["a"])])

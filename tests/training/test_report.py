@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,9 +13,17 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from vestige.training.page_classes import classes_view
+from vestige.training.page_compare import differing_keys, not_comparable
 from vestige.training.pictures import save_png
 from vestige.training.report import read_run, write_report
-from vestige.training.tables import arm_rows, arms_table, format_size, result_table
+from vestige.training.tables import (
+    arm_rows,
+    arms_table,
+    format_size,
+    interval_95,
+    result_table,
+)
 
 HOSTILE = "<script>alert('x')</script>"
 EVALUATION = {"name": "digits/test", "origin": "real", "by": "evaluation", "purpose": "evaluation",
@@ -74,7 +83,25 @@ def _lines(score: float) -> list[dict[str, Any]]:
     return lines
 
 
-def _write_run(folder: Path, *, score: float = 0.9312, **changes: Any) -> Path:
+def _evaluation(classes: int, score: float) -> dict[str, Any]:
+    """As the task of classification writes it: class i of the student has score - i / 1000."""
+    per_class = [max(0.0, score - index / 1000) for index in range(classes)]
+    small = classes <= 20
+    counts = [[7 if row == column else 1 for column in range(classes)] for row in range(classes)]
+    return {
+        "schema": 1, "task": "classification", "metric": "accuracy", "step": 1800,
+        "classes": [f"kind {index}" for index in range(classes)],
+        "inputs": 360, "inputs_per_class": [360 // classes] * classes,
+        "student": {"accuracy": score, "per_class": per_class},
+        "teacher": {"accuracy": 0.9944, "per_class": [0.9944] * classes},
+        "agreement": {"share": 0.9306, "both_right": 331, "student_alone_right": 4,
+                      "teacher_alone_right": 21, "same_wrong": 3, "different_wrong": 1},
+        "confusion": {"student": counts, "teacher": counts} if small else None,
+        "confused": [{"class": 2, "taken_for": 1, "count": 17}],
+    }  # fmt: skip
+
+
+def _write_run(folder: Path, *, score: float = 0.9312, classes: int = 3, **changes: Any) -> Path:
     folder.mkdir(parents=True)
     summary = {
         "schema": 1, "method": "dfad", "plugins": [], "task": "classification",
@@ -88,8 +115,8 @@ def _write_run(folder: Path, *, score: float = 0.9312, **changes: Any) -> Path:
         **changes,
     }  # fmt: skip
     record = {
-        "versions": {"torch": "2.13.0"}, "seeds": {"run": 0},
-        "fingerprints": {"teacher": "a" * 64},
+        "versions": {"torch": "2.13.0"}, "seed": 0,
+        "teacher_fingerprint": "a" * 64, "teacher_trained_on": "digits/train, by its card",
         "machine": {"system": "Linux", "processor": "x86_64", "cores": 2},
         "real_data": summary["real_data"], "command": "vestige run dfad", "started": "2026-11-20",
     }  # fmt: skip
@@ -99,6 +126,8 @@ def _write_run(folder: Path, *, score: float = 0.9312, **changes: Any) -> Path:
     lines = "".join(json.dumps(line) + "\n" for line in _lines(score))
     (folder / "metrics.jsonl").write_text(lines)
     save_png(np.full((4, 4, 3), 7, np.uint8), folder / "samples.png")
+    save_png(np.full((3, 5, 3), 9, np.uint8), folder / "samples-over-time.png")
+    (folder / "evaluation.json").write_text(json.dumps(_evaluation(classes, score)))
     return folder
 
 
@@ -152,7 +181,8 @@ def test_arms_are_shown_with_the_headline_first(tmp_path: Path) -> None:
     assert "not complete" not in page.text
     # The run's own picture and findings are those of its headline arm, and all arms here agree.
     assert page.text.count("raise bn_weight") == len(summary["arm_details"])
-    assert sum(tag == "img" for tag, _ in page.tags) == 1
+    # Beside it only the strip over time.
+    assert sum(tag == "img" for tag, _ in page.tags) == 2
 
 
 @pytest.mark.parametrize("records", [[TRAINING], ["digits"], [{"name": "x"}]])
@@ -196,7 +226,10 @@ def test_untrusted_text_is_escaped(tmp_path: Path) -> None:
     for item in summary["arm_details"]:
         item["title"] = HOSTILE
     (demo / "summary.json").write_text(json.dumps(summary))
-    (demo / "recipe.yaml").write_text(f"a: {HOSTILE}\n")
+    (demo / "recipe.yaml").write_text(f"a: {HOSTILE}\n{HOSTILE}: 1\n")
+    evaluation = _evaluation(3, 0.5) | {"classes": [HOSTILE] * 3}
+    for folder in (demo, demo / "arms" / "dfad-bn"):
+        (folder / "evaluation.json").write_text(json.dumps(evaluation))
     (demo / "run.json").write_text(json.dumps({"command": HOSTILE, "versions": {HOSTILE: HOSTILE}}))
     line = {"kind": "step", "step": 1, "role": HOSTILE, "terms": {HOSTILE: 1.0, "b": 2.0}}
     (demo / "arms" / "dfad-bn" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
@@ -204,6 +237,8 @@ def test_untrusted_text_is_escaped(tmp_path: Path) -> None:
         html = write_report(folders, tmp_path / "report.html").read_text(encoding="utf-8")
         assert "<script" not in html.lower() and "&lt;script&gt;" in html
         _Page(html)
+        # Class names reach the page: in the table of classes and in the confusion matrix.
+        assert html.count("&lt;script&gt;") > 20
 
 
 def test_an_arm_named_like_a_tag_is_listed(tmp_path: Path) -> None:
@@ -221,7 +256,13 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     assert f"{name} is missing." in _page([run], tmp_path / "report.html").text
 
 
-@pytest.mark.parametrize("name", ["summary.json", "run.json", "metrics.jsonl", "samples.png"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("summary.json", "run.json", "metrics.jsonl", "samples.png"),
+        *("evaluation.json", "samples-over-time.png"),
+    ],
+)
 def test_a_file_that_was_cut_off_is_named(tmp_path: Path, name: str) -> None:
     run = _write_run(tmp_path / "run")
     (run / name).write_bytes((run / name).read_bytes()[:-9])
@@ -242,22 +283,27 @@ def test_a_truncated_last_line_costs_only_that_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"null", b"[]", b"\xff\xfe\x00", b"[" * 100_000])
 def test_any_bytes_in_any_file_still_give_a_page(tmp_path: Path, content: bytes) -> None:
     run = _write_run(tmp_path / "run")
-    for name in ("summary.json", "run.json", "recipe.yaml", "metrics.jsonl", "samples.png"):
-        (run / name).write_bytes(content)
+    for path in run.iterdir():
+        path.write_bytes(content)
     assert "not complete" in _page([run], tmp_path / "report.html").text
 
 
 def test_wrong_types_everywhere_still_give_a_page(tmp_path: Path) -> None:
     for index, wrong in enumerate([None, 3, "x", [1], {"a": [1]}, True, float("nan"), "\ud800"]):
         run = _write_run(tmp_path / f"run{index}")
-        for name in ("summary.json", "run.json"):
+        for name in ("summary.json", "run.json", "evaluation.json"):
             keys = [*json.loads((run / name).read_text()), "arm_details"]
             (run / name).write_text(json.dumps(dict.fromkeys(keys, wrong)))
+        if isinstance(wrong, dict):
+            nested = {key: {inner: [wrong, "x"] for inner in ("per_class", "student", "share")}
+                      for key in _evaluation(3, 0.5)}  # fmt: skip
+            (run / "evaluation.json").write_text(json.dumps(nested | {"classes": [wrong]}))
         lines = [dict.fromkeys(line, wrong) | {"kind": line["kind"]} for line in _lines(0.5)] + [
             {"kind": "round", "round": 1, "classes": [wrong, wrong], "agreement": wrong}
         ]
         (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
         _page([run], tmp_path / "report.html")
+        _page([run, run], tmp_path / "report.html")
 
 
 def test_empty_and_absent_folders_still_give_a_page(tmp_path: Path) -> None:
@@ -307,12 +353,191 @@ def test_several_folders_are_compared(tmp_path: Path) -> None:
     ]
     page = _page(folders, tmp_path / "report.html")
     assert "3 runs side by side, by test accuracy" in page.text
+    assert "not comparable" not in page.text
     assert "cmi (1)" in page.text and "cmi (2)" in page.text
     assert {(0.9123, "91.2 %"), (0.8456, "84.6 %"), (0.9683, "96.8 %")} <= set(page.numbers)
     anchors = {attributes.get("id") for _, attributes in page.tags}
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
     assert {f"#run-{index}" for index in range(3)} <= set(links)
     assert {str(link)[1:] for link in links} <= anchors
+
+
+def _differ(page: _Page) -> str:
+    """The part of a page that tells what differs between the recipes."""
+    return page.text.split("What differs in their recipes")[1].split("Learning")[0]
+
+
+def test_settings_that_differ_are_listed_and_equal_ones_are_not(tmp_path: Path) -> None:
+    folders = [_write_run(tmp_path / name) for name in "ab"]
+    (folders[0] / "recipe.yaml").write_text(
+        "method: dfad\nconfig: {rounds: 12, student_lr: 0.004}\nplugins: [{name: abd}]\n"
+    )
+    (folders[1] / "recipe.yaml").write_text(
+        "method: dfad\nconfig: {rounds: 12, student_lr: 0.002, clip: 1.5}\nplugins: []\n"
+    )
+    told = _differ(_page(folders, tmp_path / "report.html"))
+    for needed in ("config.student_lr", "0.004", "0.002", "config.clip", "1.5", "plugins", "abd"):
+        assert needed in told
+    assert "rounds" not in told and "method" not in told
+    arms = "shared: {rounds: 12, clip: 2}\nconfig: {clip: 1.5}\narms: {}"
+    assert differing_keys([arms, "config: {clip: 1.5, rounds: 12}\narms: {}"]) == []
+    assert differing_keys(["a: 0\nb: 1.5", "a: 0.0\nb: 1.50"]) == []
+    assert differing_keys(["a: 1", "a: true"]) == [("a", ["1", "true"])]
+    assert differing_keys(["a: 1\nb: {c: 2}", "b: {c: 2}\na: 1"]) == []
+    same = _differ(_page([folders[0], folders[0]], tmp_path / "report.html"))
+    assert "all settings are the same" in same
+
+
+def test_a_recipe_that_is_a_trap_costs_nothing() -> None:
+    laughs = "".join(
+        f"l{level}: &l{level} [{', '.join([f'*l{level - 1}'] * 9)}]\n" for level in range(1, 20)
+    )
+    circle = "a: &a {b: *a}\n"
+    for trap in ("l0: &l0 lol\n" + laughs, circle, "a: &a [*a]\n", "[" * 5000, "a: [", "- 1\n"):
+        assert len(differing_keys([trap, "x: 1"])) < 10_000
+
+
+def test_runs_of_other_teachers_or_data_are_marked_and_left_out_of_the_charts(
+    tmp_path: Path,
+) -> None:
+    def changed(name: str, **record: Any) -> Path:
+        run = _write_run(tmp_path / name)
+        for file in ("run.json", "summary.json"):
+            told = json.loads((run / file).read_text()) | record
+            (run / file).write_text(json.dumps(told))
+        return run
+
+    first, same = _write_run(tmp_path / "first"), _write_run(tmp_path / "same")
+    other_data = [{**EVALUATION, "fingerprint": "0" * 64}]
+    cases = {
+        "another teacher than first": changed("teacher", teacher_fingerprint="b" * 64),
+        "other test data than first": changed("data", real_data=other_data),
+        "that its test data are those of first is not recorded": changed("none", real_data=[]),
+        "judged by miou, first by accuracy": _write_run(tmp_path / "metric", metric="miou"),
+    }
+    for reason, run in cases.items():
+        found, where = [read_run(path) for path in (run, first)], run.name
+        assert reason in not_comparable(found[0], found[1], "first")
+        page = _page([first, same, run], tmp_path / "report.html")
+        assert "not comparable" in page.text and reason in page.text
+        assert f"speak of something else: {where}." in page.text
+    assert not_comparable(read_run(same), read_run(first), "first") == []
+
+
+def test_common_curves_stand_over_student_steps_and_seconds(tmp_path: Path) -> None:
+    runs = [_write_run(tmp_path / name) for name in "ab"]
+    text = _page(runs, tmp_path / "report.html").text
+    # Without a count of the student's own steps, all steps; seconds are those of the same round.
+    assert "Test accuracy over steps" in text and "Test accuracy over seconds" in text
+    for run in runs:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            if line["kind"] == "evaluation":
+                line["student_steps"] = line["step"] // 2
+        (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert "Test accuracy over student steps" in _page(runs, tmp_path / "report.html").text
+
+
+def test_numbers_by_class_are_those_of_evaluation_json(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run")
+    found = json.loads((run / "evaluation.json").read_text())
+    page = _page([run], tmp_path / "report.html")
+    exact = {value for value, _ in page.numbers}
+    counts = {key: value for key, value in found["agreement"].items() if key != "share"}
+    assert sum(counts.values()) == found["inputs"]
+    assert {*found["student"]["per_class"], *counts.values(), 0.9306, 360.0} <= exact
+    for needed in ("kind 0", "kind 2", "What the student answers, by true class",
+                   "Teacher right, student wrong", "93.1 % of the test inputs"):  # fmt: skip
+        assert needed in page.text
+    assert "kind 1 taken for kind 2: 1" in page.text and "kind 1, right: 7" in page.text
+
+
+@pytest.mark.parametrize(("classes", "shown"), [(2, 2), (10, 10), (20, 20), (100, 15), (1000, 15)])
+def test_many_classes_are_cut_to_the_lowest_and_the_highest(
+    tmp_path: Path, classes: int, shown: int
+) -> None:
+    run = _write_run(tmp_path / "run", classes=classes)
+    target = write_report([run], tmp_path / "report.html")
+    page = _Page(target.read_text(encoding="utf-8"))
+    rows = classes_view(read_run(run))
+    assert rows is not None and sum(len(group) for _, group in rows["groups"]) == shown
+    assert ("from lowest to highest" in page.text) is (classes > 20)
+    assert ("by true class" in page.text) is (classes <= 20)
+    assert ("most frequent mistakes" in page.text) is (classes > 20)
+    lowest = rows["groups"][0][1][0]["name"]
+    # The student's accuracy falls with the number of the class.
+    assert lowest == (f"kind {min(classes - 1, 932)}" if classes > 20 else "kind 0")
+    assert target.stat().st_size < 400_000
+
+
+def test_a_page_of_a_long_run_stays_small(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run")
+    step = {"kind": "step", "role": "student", "loop": "l", "terms": {"a": 1.5}, "total": 4.0}
+    round_ = {"kind": "round", "loop": "l", "agreement": 0.5, "classes": [1] * 1000}
+    lines = [step | {"step": index} for index in range(1, 100_001)]
+    lines += [round_ | {"round": index, "step": 100 * index} for index in range(1, 301)]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert write_report([run], tmp_path / "report.html").stat().st_size < 3_000_000
+
+
+def test_an_accuracy_comes_with_its_interval() -> None:
+    # By hand: Wilson's centre and reach for 8 of 10 at z = 1.959964.
+    low, high = interval_95(0.8, 10)
+    assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+    assert interval_95(1.0, 100)[1] == 1.0 and interval_95(0.0, 100)[0] == 0.0
+    assert all(math.isnan(end) for end in interval_95(0.5, math.nan))
+    wide, narrow = (interval_95(0.5, count) for count in (100, 10_000))
+    assert wide[1] - wide[0] == pytest.approx(10 * (narrow[1] - narrow[0]), rel=0.02)
+
+
+def test_the_interval_is_shown_for_accuracy_and_for_nothing_else(tmp_path: Path) -> None:
+    low, high = interval_95(0.9312, 360)
+    text = _page([_write_run(tmp_path / "a")], tmp_path / "a.html").text
+    assert f"{100 * low:.1f} to {100 * high:.1f} % (95 %, 360 test inputs)" in text
+    other = _page([_write_run(tmp_path / "b", metric="miou")], tmp_path / "b.html").text
+    assert "(95 %" not in other
+
+
+def test_a_run_that_its_budget_stopped_says_so(tmp_path: Path) -> None:
+    stopped = _write_run(tmp_path / "stopped", complete=False)
+    text = _page([stopped], tmp_path / "report.html").text
+    assert "This run was stopped by its budget at step 1,800" in text
+    whole = _write_run(tmp_path / "whole", complete=True)
+    assert "budget" not in _page([whole], tmp_path / "report.html").text
+    assert "stopped by its budget" in _page([whole, stopped], tmp_path / "report.html").text
+
+
+def test_the_best_step_is_told_apart_from_the_result(tmp_path: Path) -> None:
+    page = _page([_write_run(tmp_path / "run", score=0.5)], tmp_path / "report.html")
+    assert "reaches 50.0 % test accuracy" in page.text
+    assert (0.51, "51.0 %") in page.numbers and "picked on the test set, not a result" in page.text
+
+
+def test_no_finding_is_not_the_same_as_nothing_measured(tmp_path: Path) -> None:
+    well = _write_run(tmp_path / "well", diagnosis=[])
+    assert "Nothing suspicious in 6 rounds" in _page([well], tmp_path / "report.html").text
+    lines = (well / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (well / "metrics.jsonl").write_text("".join(lines[:6]))
+    assert "too few to judge" in _page([well], tmp_path / "report.html").text
+    (well / "metrics.jsonl").write_text("")
+    assert "Nothing was measured" in _page([well], tmp_path / "report.html").text
+
+
+def test_pictures_are_described_and_tables_have_headings(tmp_path: Path) -> None:
+    page = _page([_write_demo(tmp_path / "a"), _write_run(tmp_path / "b")], tmp_path / "r.html")
+    for tag, attributes in page.tags:
+        if tag == "img":
+            assert attributes["alt"]
+        if tag == "th":
+            assert attributes.get("scope") in ("row", "col")
+        if tag == "svg":
+            assert attributes.get("aria-hidden") == "true" or attributes.get("role") == "img"
+
+
+def test_where_the_teacher_comes_from_is_told(tmp_path: Path) -> None:
+    text = _page([_write_run(tmp_path / "run")], tmp_path / "report.html").text
+    assert "Teacher trained on, by its card" in text and "digits/train, by its card" in text
+    assert "Teacher fingerprint" in text
 
 
 def test_a_folder_as_target_gets_the_usual_name(tmp_path: Path) -> None:

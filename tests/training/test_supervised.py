@@ -1,12 +1,15 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vestige.core.types import InputSpec
-from vestige.errors import DataError, NonFiniteLossError, ShapeError
+from vestige.errors import CheckpointError, DataError, NonFiniteLossError, ShapeError
 from vestige.tasks.classification import Classification
-from vestige.training.supervised import random_shift, train_classifier
+from vestige.training.checkpoint import CheckpointStore
+from vestige.training.supervised import random_flip, random_shift, train_classifier
 
 SPEC = InputSpec.image(1, 8, 8)
 
@@ -116,3 +119,77 @@ def test_mistakes_are_refused() -> None:
         train_classifier(nn.Linear(4, 3), inputs, labels, epochs=0)
     with pytest.raises(NonFiniteLossError, match="epoch 1"):
         train_classifier(nn.Linear(4, 3), inputs * float("inf"), labels, epochs=1)
+
+
+SGD = {"optimizer": "sgd", "lr": 0.05, "nesterov": True, "weight_decay": 5e-4}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"shift": 1}, {**SGD, "shift": 1, "flip": True, "channels_last": True, "precision": "bf16"}],
+    ids=["adamw", "sgd"],
+)
+def test_broken_off_and_resumed_it_ends_bit_identical(settings: dict, tmp_path: Path) -> None:
+    data = bars(64)
+
+    def trained(store: CheckpointStore | None, stop_after: int) -> tuple[bool, dict[str, Tensor]]:
+        epochs = iter(range(1, 5))
+        module = network()
+        whole = train_classifier(
+            module,
+            *data,
+            epochs=4,
+            batch_size=16,
+            **settings,
+            store=store,
+            go_on=lambda: next(epochs) != stop_after,
+        )
+        return whole, module.state_dict()
+
+    whole, wanted = trained(None, 0)
+    assert whole
+    store = CheckpointStore(tmp_path)
+    assert not trained(store, 1)[0]
+    torch.manual_seed(99)  # what happened in between must not matter
+    assert not trained(store, 2)[0]
+    done, found = trained(store, 0)
+    assert done
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
+    store, data = CheckpointStore(tmp_path), bars(32)
+    train_classifier(network(), *data, epochs=1, batch_size=16, store=store)
+    other = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    with pytest.raises(CheckpointError, match="does not fit this training"):
+        train_classifier(other, *data, epochs=2, batch_size=16, store=store)
+
+
+def test_the_layout_is_given_back() -> None:
+    module = network()
+    stride = module[0].weight.stride()
+    train_classifier(module, *bars(32), epochs=1, batch_size=16, channels_last=True)
+    assert module[0].weight.stride() == stride
+
+
+def test_sgd_steps_as_its_formula_says() -> None:
+    module = nn.Linear(2, 2, bias=False)
+    before = module.weight.detach().clone()
+    inputs, labels = torch.tensor([[1.0, 2.0]]), torch.tensor([0])
+    weight = before.clone().requires_grad_()
+    loss = functional.cross_entropy(inputs @ weight.T, labels, label_smoothing=0.2)
+    (grad,) = torch.autograd.grad(loss, weight)
+    train_classifier(
+        module, inputs, labels, epochs=1, optimizer="sgd", lr=0.1, momentum=0.0,
+        weight_decay=0.5, label_smoothing=0.2,
+    )  # fmt: skip
+    assert torch.allclose(module.weight, before - 0.1 * (grad + 0.5 * before), atol=1e-7)
+
+
+def test_about_half_of_the_images_are_mirrored_and_the_rest_left_alone() -> None:
+    images = torch.randn(400, 2, 3, 4)
+    flipped = random_flip(images, torch.Generator().manual_seed(0))
+    mirrored = (flipped == images.flip(3)).flatten(1).all(1)
+    kept = (flipped == images).flatten(1).all(1)
+    assert torch.equal(mirrored, ~kept)
+    assert 150 < int(mirrored.sum()) < 250  # 200 expected with deviation 10

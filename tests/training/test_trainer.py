@@ -25,8 +25,11 @@ from vestige.sources.noise import NoiseSource
 from vestige.tasks.classification import Classification
 from vestige.teachers.white_box import WhiteBoxTeacher
 from vestige.training.checkpoint import CheckpointStore
+from vestige.training.outcome import Outcome
+from vestige.training.run_state import KEPT_STATE
 from vestige.training.tracking import Event, MetricsFile, read_metrics
-from vestige.training.trainer import Outcome, Trainer, TrainerConfig
+from vestige.training.trainer import Trainer
+from vestige.training.trainer_config import TrainerConfig
 
 SPEC = InputSpec.image(1, 8, 8)
 ROUNDS, ITERATIONS, ROWS = 4, 3, 8
@@ -264,7 +267,7 @@ class Slow(NoiseSource):
 def test_a_minutes_budget_says_at_once_how_many_rounds_fit(nets, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(
-        "vestige.training.trainer.time", SimpleNamespace(perf_counter=lambda: clock[0])
+        "vestige.training.budget.time", SimpleNamespace(perf_counter=lambda: clock[0])
     )
     warned: list[tuple[float, str]] = []
 
@@ -304,7 +307,7 @@ def test_a_minutes_budget_that_suffices_is_silent(nets):
 def test_the_time_of_earlier_parts_counts(nets, tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(
-        "vestige.training.trainer.time", SimpleNamespace(perf_counter=lambda: clock[0])
+        "vestige.training.budget.time", SimpleNamespace(perf_counter=lambda: clock[0])
     )
     source = Slow(SPEC, clock)
     run(nets, tmp_path, source=source, settings={"max_steps": 6})
@@ -514,6 +517,22 @@ def test_a_checkpoint_of_another_method_is_refused(nets, tmp_path):
         run(nets, tmp_path, callbacks=[at_step(8, die)])
     with pytest.raises(CheckpointError, match=r"stands in loop 'distill'.*began loop 'first'"):
         run(nets, tmp_path, method=TwoLoops, resume=True)
+
+
+def test_a_checkpoint_of_another_version_is_refused(nets, tmp_path):
+    with pytest.raises(Killed):
+        run(nets, tmp_path, callbacks=[at_step(8, die)])
+    store = CheckpointStore(tmp_path / "checkpoints")
+    state = store.load()
+    store.save(9, {key: state[key] for key in state if key not in ("moments", "shards")}, {})
+    with pytest.raises(CheckpointError, match="holds nothing of moments; it is of another version"):
+        run(nets, tmp_path, resume=True)
+
+
+def test_what_a_checkpoint_holds_is_what_is_asked_for(nets, tmp_path):
+    run(nets, tmp_path)
+    state = CheckpointStore(tmp_path / "checkpoints").load()
+    assert set(state) - {"shards"} == KEPT_STATE
 
 
 def test_a_student_of_another_shape_is_refused(nets, tmp_path, tiny_student):

@@ -203,7 +203,7 @@ def _document(
         "machine": runtime.machine(),
         "versions": runtime.versions(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
         "recipe_sha256": digest.hexdigest(),
         "command": f"vestige bench claims {name} --seeds {len(seeds)}",
     }
@@ -272,7 +272,8 @@ def _judge(
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """The checkout's commit, None outside of one."""
     try:
         found = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True

@@ -73,6 +73,44 @@ def claims_page(claims: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def floor_table(result: Mapping[str, Any]) -> str:
+    """One floor benchmark as Markdown: rounds, floors and their ratio, then the passes."""
+    machine = result["machine"]
+    lines = [
+        f"`{result['command']}`, {result['date']}, {machine['gpu'] or machine['processor']} with "
+        f"{machine['cores']} cores, torch {result['versions']['torch']}:",
+        "",
+        "| case | threads | round, s | floor, s | ratio | target |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for case in result["cases"]:
+        lines.append(
+            f"| {case['name']} | {case['threads']} | {case['round_seconds']:.3f} | "
+            f"{case['floor_seconds']:.3f} | {case['ratio']:.3f} | {case['target']:.2f} |"
+        )
+    lines += ["", "| case | pass | count in a round | one, ms |", "| --- | --- | --- | --- |"]
+    for case in result["cases"]:
+        for name, item in case["passes"].items():
+            lines.append(
+                f"| {case['name']} | {name} | {item['count']:g} | {1000 * item['seconds']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def floor_page(floors: Mapping[str, Mapping[str, Any]]) -> str:
+    """FLOOR.md: every floor benchmark."""
+    lines = [
+        "# Floor",
+        "",
+        "Generated from `benchmarks/floor/*.json` by `vestige bench tables`. The floor is the time "
+        "of the passes that the algorithm cannot avoid, timed in the same process, in turn with "
+        "the rounds; medians over the measured rounds.",
+    ]
+    for name, result in floors.items():
+        lines += ["", f"## {name}", "", floor_table(result)]
+    return "\n".join(lines) + "\n"
+
+
 def fill(text: str, name: str, content: str) -> str:
     """`text` with what stands between the marks of `name` replaced.
 
@@ -96,12 +134,19 @@ def generated(readme: str, claims: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def write_tables(root: Path) -> list[Path]:
-    """Bring README.md and benchmarks/CLAIMS.md of a checkout up to date."""
-    claims = read_claims(root / "benchmarks" / "claims")
-    readme, page = root / "README.md", root / "benchmarks" / "CLAIMS.md"
-    write_text(readme, generated(readme.read_text(encoding="utf8"), claims))
-    write_text(page, claims_page(claims))
-    return [readme, page]
+    """Bring README.md, benchmarks/CLAIMS.md and benchmarks/FLOOR.md of a checkout up to date."""
+    folder = root / "benchmarks"
+    claims, floors = read_claims(folder / "claims"), read_claims(folder / "floor")
+    readme = root / "README.md"
+    pages = {
+        readme: generated(readme.read_text(encoding="utf8"), claims),
+        folder / "CLAIMS.md": claims_page(claims),
+        # No page about nothing, in a checkout where nothing was measured yet.
+        **({folder / "FLOOR.md": floor_page(floors)} if floors else {}),
+    }
+    for path, text in pages.items():
+        write_text(path, text)
+    return list(pages)
 
 
 def _percent(score: float | None) -> str:

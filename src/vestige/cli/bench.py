@@ -37,11 +37,53 @@ def claims(
     typer.echo(path)
 
 
+@app.command(epilog="Example: `vestige bench floor dfad`")
+def floor(
+    name: Annotated[str, typer.Argument(help="Name of a floor benchmark, or a YAML file.")],
+    repeats: Annotated[int, typer.Option(min=1, help="Measured rounds of each case.")] = 5,
+    cases: Annotated[str | None, typer.Option(help="Comma-separated subset of the cases.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's value; repeatable."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("benchmarks/floor"),
+) -> None:
+    """Time rounds against the passes that the algorithm cannot avoid, and write the JSON."""
+    from vestige.bench.floor import run_floor
+
+    path = run_floor(
+        name,
+        repeats=repeats,
+        cases=None if cases is None else tuple(cases.split(",")),
+        overrides=tuple(set_ or ()),
+        out=out,
+        echo=typer.echo,
+    )
+    typer.echo(path)
+
+
+@app.command(epilog="Example: `vestige bench scale pool --images 100000`")
+def scale(
+    name: Annotated[str, typer.Argument(help="Name of a scale case: pool.")],
+    images: Annotated[
+        int, typer.Option(min=1, help="The largest size; half, quarter and eighth come before.")
+    ] = 100_000,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("benchmarks/scale"),
+) -> None:
+    """Measure a component as it grows: seconds, memory and disk at four sizes; write the JSON."""
+    from vestige.bench.scale import run_scale, scale_table
+    from vestige.training.files import read_json
+
+    path = run_scale(name, images=images, out=out, echo=typer.echo)
+    typer.echo(scale_table((read_json(path) or {})["sizes"]))
+    typer.echo(path)
+
+
 @app.command(epilog="Example: `vestige bench tables`")
 def tables(
     root: Annotated[Path, typer.Option(help="Checkout of the project.")] = Path(),
 ) -> None:
-    """Write the generated tables of README.md and benchmarks/CLAIMS.md."""
+    """Write the generated tables of README.md, benchmarks/CLAIMS.md and benchmarks/FLOOR.md."""
     from vestige.bench.tables import write_tables
 
     for path in write_tables(root):

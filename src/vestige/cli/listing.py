@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vestige.cli.output import console, examples
+
 
 class Kind(StrEnum):
     """What can be listed."""
@@ -20,7 +22,15 @@ class Kind(StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add the command to the program."""
-    app.command(name="list", epilog="Example: `vestige list methods --json`")(list_)
+    app.command(
+        name="list",
+        epilog=examples(
+            "vestige list methods",
+            "vestige list methods --without batchnorm",
+            "vestige list recipes",
+            "vestige list data --json",
+        ),
+    )(list_)
 
 
 def list_(
@@ -40,24 +50,25 @@ def list_(
     if as_json:
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
         return
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     if not rows:
         typer.echo(f"there are no {kind} yet")
         return
+    out = console()
     if kind is Kind.methods:
         # As a table of eight columns nothing could be read on a usual terminal.
         for row in rows:
-            Console().print(f"[bold]{row['name']}[/]  {escape(row['summary'])}")
+            out.print(f"[bold]{row['name']}[/]  {escape(row['summary'])}", highlight=False)
             for key in ("paper", "tasks", "access", "needs", "recipes"):
-                Console(soft_wrap=True).print(f"  {key}: {escape(_text(row[key])) or '-'}")
+                shown = escape(_text(row[key])) or "-"
+                out.print(f"  {key}: {shown}", highlight=False, soft_wrap=True)
         return
     table = Table(*rows[0], header_style="bold")
     for row in rows:
         table.add_row(*(escape(_text(value)) for value in row.values()))
-    Console().print(table)
+    out.print(table)
 
 
 def _methods() -> list[dict[str, Any]]:

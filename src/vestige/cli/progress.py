@@ -1,18 +1,24 @@
-"""A progress bar over one run or several arms, with the time left."""
+"""How far one run or several arms are: a bar with the time left, or lines where nobody watches."""
 
+import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from vestige.cli.output import console
+
 if TYPE_CHECKING:
     from vestige.training.tracking import Callback, Event
 
+# Between two lines where there is no terminal: at a new tenth of the run, and at any rate.
+TENTH_SECONDS, LINE_SECONDS = 5.0, 30.0
+
 
 class RunProgress:
-    """Shows how far each arm is; a context manager.
+    """Shows on stderr how far each arm is; a context manager.
 
     The length of a round in steps is taken from the round before, so within the first round the
-    bar stands still.
+    bar stands still. Where stderr is no terminal there is no bar, but a line now and then.
     """
 
     def __init__(self, arms: Sequence[str]) -> None:
@@ -26,6 +32,8 @@ class RunProgress:
         )
 
         self._arms = list(arms)
+        self._console = console(stderr=True)
+        self._lines = not self._console.is_terminal
         self._progress = Progress(
             TextColumn("{task.description:<24}"),
             BarColumn(),
@@ -34,16 +42,12 @@ class RunProgress:
             TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
+            console=self._console,
+            disable=self._lines,
         )
         self._all = self._progress.add_task("all arms", total=len(self._arms), note="")
-        self._tasks: dict[str, Any] = {}
         if len(self._arms) == 1:
             self._progress.update(self._all, visible=False)
-
-    @property
-    def console(self) -> Any:
-        """Where other lines may be printed while the bar is shown."""
-        return self._progress.console
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -57,6 +61,10 @@ class RunProgress:
     ) -> None:
         self._progress.stop()
 
+    def say(self, text: str, style: str | None = None) -> None:
+        """Print a line above the bar."""
+        self._console.print(text, style=style, markup=False, highlight=False)
+
     def callbacks(self, arm: str) -> "Sequence[Callback]":
         """What to hand to the trainer of `arm`."""
         return (self._follow(arm),)
@@ -64,11 +72,14 @@ class RunProgress:
     def _follow(self, arm: str) -> "Callable[[Event], None]":
         task = self._progress.add_task(arm, total=1.0, note="", visible=False, start=False)
         index = self._arms.index(arm)
+        line = _Lines(arm, len(self._arms), index, self.say) if self._lines else None
         position = {"step": 0, "share": 0.0, "next": 0.0, "steps": 0}
 
         def show(share: float) -> None:
             self._progress.update(task, completed=share)
             self._progress.update(self._all, completed=index + share)
+            if line is not None:
+                line.show(share)
 
         def follow(event: "Event") -> None:
             data = event.data
@@ -89,11 +100,31 @@ class RunProgress:
             elif event.kind == "evaluation":
                 score = next(iter(data["scores"].values()))
                 self._progress.update(task, note=f"test {score:.1%}")
+                if line is not None:
+                    line.note = f", test {score:.1%}"
             elif event.kind == "warning":
-                self._progress.console.print(
-                    f"{arm}: {data['message']}", style="yellow", markup=False, highlight=False
-                )
+                self.say(f"{arm}: {data['message']}", style="yellow")
             elif event.kind == "end":
                 show(1.0)
 
         return follow
+
+
+class _Lines:
+    """What stands for one arm's bar in a log."""
+
+    def __init__(self, arm: str, arms: int, index: int, say: Callable[[str], Any]) -> None:
+        self.note = ""
+        self._name = f"{arm} ({index + 1} of {arms})" if arms > 1 else arm
+        self._say = say
+        self._tenth = 0
+        self._started = self._told = time.monotonic()
+
+    def show(self, share: float) -> None:
+        """Say how far the arm is if that is news."""
+        now = time.monotonic()
+        tenth, waited = int(share * 10 + 1e-9), now - self._told
+        if waited < TENTH_SECONDS or (tenth == self._tenth and waited < LINE_SECONDS):
+            return
+        self._tenth, self._told = tenth, now
+        self._say(f"{self._name}: {share:.0%} after {now - self._started:.0f} s{self.note}")

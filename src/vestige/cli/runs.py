@@ -1,42 +1,79 @@
-"""Commands that start runs, and those that look at recipes and run folders."""
+"""Commands that start runs or show what they left."""
 
 import shlex
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-RecipeArgument = Annotated[
-    str, typer.Argument(help="A shipped recipe (vestige list recipes) or a YAML file.")
-]
-PresetOption = Annotated[
-    str | None, typer.Option("--preset", help="A preset of the recipe; 'cpu' if there is one.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override, for example config.rounds=10. May be repeated."),
-]
-PluginOption = Annotated[
-    list[str] | None,
-    typer.Option("--plugin", help="Wrap the method's updates; outermost first. May be repeated."),
-]
-OutOption = Annotated[
-    Path | None, typer.Option("--out", help="Run folder; a new one below runs/ unless given.")
-]
-SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Of all randomness.")]
-ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Go on with the run in the folder where it stopped.")
-]
+from vestige.cli.options import (
+    ArmsOption,
+    CompareOption,
+    DryRunOption,
+    OutOption,
+    PluginOption,
+    PresetOption,
+    RecipeArgument,
+    ResumeOption,
+    SeedOption,
+    SetOption,
+    TrackOption,
+)
+from vestige.cli.output import console, examples
+
+if TYPE_CHECKING:
+    from vestige.cli.progress import RunProgress
+    from vestige.recipes.build import Job
+    from vestige.recipes.schema import Recipe
+
+# A run that is over sooner needs no estimate.
+_WORTH_TELLING_MINUTES = 1.0
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
-    app.command(epilog="Example: `vestige demo --seed 1 --out demo-1`")(demo)
-    app.command(epilog="Example: `vestige run dfad --set config.bn_weight=2 --out runs/bn2`")(run)
-    app.command(epilog="Example: `vestige show dfad --preset gpu`")(show)
-    app.command(epilog="Example: `vestige validate my-recipe.yaml --set config.rounds=3`")(validate)
-    app.command(epilog="Example: `vestige report runs/a runs/b --out comparison.html`")(report)
+    app.command(
+        epilog=examples(
+            "vestige demo",
+            "vestige demo --seed 1 --out demo-1",
+            "vestige demo --preset smoke",
+        )
+    )(demo)
+    app.command(
+        epilog=examples(
+            "vestige run dfad",
+            "vestige run dfad --set config.bn_weight=2 --seed 1 --out runs/bn2",
+            "vestige run my-recipe.yaml --dry-run",
+            "vestige run my-recipe.yaml --out runs/mine --resume",
+            "vestige run dfad-remedies --arms",
+            "vestige run --compare dfad,kd demo --set trainer.minutes=5",
+        )
+    )(run)
+    app.command(
+        epilog=examples(
+            "vestige report runs/dfad-seed0",
+            "vestige report runs/a runs/b --out comparison.html",
+        )
+    )(report)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a run was asked for."""
+
+    recipe: str
+    preset: str | None
+    overrides: Sequence[str]
+    plugins: Sequence[str] = ()
+    out: Path | None = None
+    seed: int | None = None
+    resume: bool = False
+    arms: bool = False
+    compare: str | None = None
+    dry_run: bool = False
 
 
 def demo(
@@ -47,45 +84,40 @@ def demo(
     overrides: SetOption = None,
 ) -> None:
     """Distill a digit classifier without a single image, beside the arms it is judged against."""
-    _start("demo", preset, overrides, None, out, seed, resume, arms=True)
+    _start(_Request("demo", preset, overrides or (), out=out, seed=seed, resume=resume, arms=True))
 
 
 def run(
     recipe: RecipeArgument,
+    arms: ArmsOption = False,
+    compare: CompareOption = None,
     preset: PresetOption = None,
     overrides: SetOption = None,
     plugins: PluginOption = None,
     out: OutOption = None,
     seed: SeedOption = None,
     resume: ResumeOption = False,
-    arms: Annotated[
-        bool, typer.Option("--arms", help="Run all arms of the recipe and compare them.")
-    ] = False,
+    dry_run: DryRunOption = False,
+    track: TrackOption = None,
 ) -> None:
-    """Run a recipe."""
-    _start(recipe, preset, overrides, plugins, out, seed, resume, arms=arms)
-
-
-def show(recipe: RecipeArgument, preset: PresetOption = None, overrides: SetOption = None) -> None:
-    """Print the resolved recipe, every default written out."""
-    import yaml
-
-    from vestige.recipes.schema import load_recipe
-
-    loaded = load_recipe(recipe, preset=preset, overrides=overrides or ())
-    values = loaded.model_dump(mode="json")
-    values["config"] = loaded.method_config().model_dump(mode="json")
-    typer.echo(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), nl=False)
-
-
-def validate(
-    recipe: RecipeArgument, preset: PresetOption = None, overrides: SetOption = None
-) -> None:
-    """Check a recipe and list all of its mistakes at once."""
-    from vestige.recipes.schema import load_recipe
-
-    load_recipe(recipe, preset=preset, overrides=overrides or ())
-    typer.echo(f"{recipe} is valid")
+    """Run a recipe: its main run, all of its arms, or several methods side by side."""
+    if arms and compare is not None:
+        raise typer.BadParameter("--arms and --compare ask for different runs; leave one out")
+    tracked = [f"trainer.track=[{', '.join(track)}]"] if track else []
+    _start(
+        _Request(
+            recipe,
+            preset,
+            [*(overrides or ()), *tracked],
+            plugins or (),
+            out,
+            seed,
+            resume,
+            arms,
+            compare,
+            dry_run,
+        )
+    )
 
 
 def report(
@@ -98,46 +130,128 @@ def report(
 
     for folder in folders:
         if not (folder / "recipe.yaml").is_file():
-            raise RecipeError(f"{folder} is not a run folder: it holds no recipe.yaml")
+            raise RecipeError(
+                f"{folder} is not a run folder: it holds no recipe.yaml; name a folder that "
+                "'vestige run' wrote"
+            )
     target = out or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
     typer.echo(write_report(folders, target))
 
 
-def _start(
-    name: str,
-    preset: str | None,
-    overrides: list[str] | None,
-    plugins: list[str] | None,
-    out: Path | None,
-    seed: int | None,
-    resume: bool,
-    *,
-    arms: bool,
-) -> None:
-    from vestige.cli.progress import RunProgress
-    from vestige.recipes.run import check_folder, run_arms, run_recipe
-    from vestige.recipes.schema import load_recipe
+def _start(request: _Request) -> None:
+    from vestige.training import runtime
 
-    recipe = load_recipe(
-        name, preset=preset, overrides=overrides or (), plugins=plugins or (), seed=seed
-    )
-    folder = out or _default_folder(f"{Path(name).stem}-seed{recipe.seed}", resume=resume)
-    check_folder(folder, resume=resume)
+    recipe, note = _resolve(request)
+    with runtime.processes(recipe.trainer.device):
+        _run(request, recipe, note)
+
+
+def _run(request: _Request, recipe: "Recipe", note: str) -> None:
+    from vestige.cli.progress import RunProgress
+    from vestige.core import parallel
+    from vestige.recipes.run import check_folder, run_arms, run_recipe
+
+    stem = f"{Path(request.recipe).stem}{'-compared' if request.compare else ''}-seed{recipe.seed}"
+
+    def choose() -> Path:
+        folder = request.out or _default_folder(stem, resume=request.resume)
+        check_folder(folder, resume=request.resume)
+        return folder
+
+    folder = parallel.first(choose)
+    gathers = request.arms or request.compare is not None
+    if request.dry_run:
+        _preview(recipe, folder, gathers=gathers, note=note)
+        return
     command = shlex.join(["vestige", *sys.argv[1:]])
-    with RunProgress(list(recipe.arms) if arms else [recipe.method]) as progress:
-        if arms:
+    with RunProgress(list(recipe.arms) if gathers else [recipe.method]) as progress:
+
+        def built(job: "Job") -> None:
+            _tell_estimate(job, progress, named=gathers)
+
+        if gathers:
             summary = run_arms(
-                recipe, folder, resume=resume, callbacks=progress.callbacks, command=command
+                recipe,
+                folder,
+                resume=request.resume,
+                callbacks=progress.callbacks,
+                command=command,
+                note=note,
+                built=built,
             )
         else:
             summary = run_recipe(
                 recipe,
                 folder,
-                resume=resume,
+                resume=request.resume,
                 callbacks=progress.callbacks(recipe.method),
                 command=command,
+                built=built,
             )
     _print_result(summary, folder)
+
+
+def _resolve(request: _Request) -> "tuple[Recipe, str]":
+    """The recipe that is to run, and what its arms have in common."""
+    from vestige.recipes.compare import compare
+    from vestige.recipes.schema import load_recipe
+
+    if request.compare is None:
+        recipe = load_recipe(
+            request.recipe,
+            preset=request.preset,
+            overrides=request.overrides,
+            plugins=request.plugins,
+            seed=request.seed,
+        )
+        return recipe, ""
+    found = compare(
+        request.compare.split(","),
+        request.recipe,
+        preset=request.preset,
+        overrides=request.overrides,
+        plugins=request.plugins,
+        seed=request.seed,
+    )
+    return found.recipe, found.note
+
+
+def _preview(recipe: "Recipe", folder: Path, *, gathers: bool, note: str) -> None:
+    """Build what would run, say what it will take, and leave nothing."""
+    from vestige.errors import RecipeError
+    from vestige.recipes.build import build
+    from vestige.recipes.estimate import estimate
+
+    if gathers and (not recipe.arms or recipe.headline is None):
+        raise RecipeError("the recipe has no arms or names no headline arm; run it without arms")
+    minutes: list[float | None] = []
+    for name in recipe.arms if gathers else [""]:
+        out = folder / "arms" / name if gathers else folder
+        found = estimate(build(recipe.arm(name) if gathers else recipe, out=out, arm=name))
+        minutes.append(found.minutes)
+        typer.echo(f"{recipe.arms[name].title if gathers else recipe.method}:")
+        for line in found.lines():
+            typer.echo(f"  {line}")
+    known = [taken for taken in minutes if taken is not None]
+    if gathers and len(known) == len(minutes):
+        typer.echo(f"All {len(known)} arms: about {sum(known):.1f} min")
+    if note:
+        typer.echo(note)
+    typer.echo(f"would write to {folder}; nothing was run")
+
+
+def _tell_estimate(job: "Job", progress: "RunProgress", *, named: bool) -> None:
+    """Say what a long run will take, once: not again when it goes on."""
+    from vestige.recipes.estimate import estimate
+    from vestige.recipes.run import has_checkpoint
+
+    folder = job.trainer.out
+    if folder is not None and has_checkpoint(folder):
+        return
+    found = estimate(job)
+    if found.minutes is not None and found.minutes > _WORTH_TELLING_MINUTES:
+        for line in found.lines():
+            progress.say(f"{folder.name}: {line}" if named and folder is not None else line)
 
 
 def _default_folder(stem: str, *, resume: bool) -> Path:
@@ -153,17 +267,18 @@ def _numbered(stem: str, number: int) -> Path:
 
 
 def _print_result(summary: dict[str, Any], folder: Path) -> None:
-    from rich.console import Console
     from rich.markup import escape
 
     from vestige.training.tables import arms_table, result_table
 
-    console = Console()
-    console.print(result_table(summary))
+    shown = console()
+    shown.print(result_table(summary))
     if summary.get("arm_details"):
-        console.print(arms_table(summary))
+        shown.print(arms_table(summary))
+    if summary.get("note"):
+        shown.print(escape(str(summary["note"])))
     for finding in summary["diagnosis"]:
-        console.print(
+        shown.print(
             f"[yellow]{finding['code']}[/]: {escape(finding['message'])}. "
             f"Knob: {escape(finding['knob'])}"
         )

@@ -5,12 +5,18 @@ from typing import Annotated
 
 import typer
 
+from vestige.cli.output import examples
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the program."""
     app.command(
         name="train-teacher",
-        epilog="Example: `vestige train-teacher digits-convnet --out teachers`",
+        epilog=examples(
+            "vestige train-teacher digits-convnet --out teachers",
+            "vestige train-teacher my-teacher.yaml",
+            "vestige train-teacher cifar10-resnet34 --minutes 9 --resume",
+        ),
     )(train_teacher)
 
 
@@ -19,18 +25,37 @@ def train_teacher(
     out: Annotated[Path, typer.Option(help="Folder for the weights and the card.")] = Path(
         "teachers"
     ),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after the last epoch that was finished.")
+    ] = False,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0, help="Stop before an epoch that would not end in this time."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda or cuda:N instead of the recipe's.")
+    ] = None,
 ) -> None:
-    """Train a documented teacher on real data; the same recipe gives the same weights."""
+    """Train a documented teacher on real data; on a CPU the same recipe gives the same weights.
+
+    Stopped by Ctrl-C or by --minutes it leaves with code 130, and --resume goes on.
+    """
     from rich.progress import Progress
 
     from vestige.recipes.teacher import load_teacher_recipe
     from vestige.recipes.teacher import train_teacher as train
 
     loaded = load_teacher_recipe(recipe)
+    if device is not None:
+        loaded = loaded.model_copy(update={"device": device})
     with Progress() as progress:
         task = progress.add_task(loaded.name, total=loaded.training.epochs)
         _, card = train(
-            loaded, out, on_epoch=lambda epoch, loss: progress.update(task, completed=epoch)
+            loaded,
+            out,
+            on_epoch=lambda epoch, loss: progress.update(task, completed=epoch),
+            resume=resume,
+            minutes=minutes,
         )
     typer.echo(
         f"{out / loaded.name}.safetensors: test accuracy {card.accuracy:.1%}, {card.parameters} "

@@ -1,6 +1,6 @@
 """Factories of the optimizers that papers use, for `Context.optimizer`."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,6 +22,8 @@ def factory(
 ) -> OptimizerFactory:
     """A factory of SGD, Adam or AdamW; all parameters are updated in one fused kernel.
 
+    Gradients may lie in memory in another order than their weights (channels-last or not).
+
     Args:
         name: "sgd" uses `momentum` and `nesterov`, the others `betas`.
         lr: learning rate.
@@ -34,7 +36,7 @@ def factory(
 
     def make(params: list[nn.Parameter]) -> Optimizer:
         if name == "sgd":
-            return torch.optim.SGD(
+            made: Optimizer = torch.optim.SGD(
                 params,
                 lr,
                 momentum=momentum,
@@ -42,7 +44,23 @@ def factory(
                 weight_decay=weight_decay,
                 fused=True,
             )
-        kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
-        return kind(params, lr, betas=betas, weight_decay=weight_decay, fused=True)
+        else:
+            kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
+            made = kind(params, lr, betas=betas, weight_decay=weight_decay, fused=True)
+        made.register_step_pre_hook(_aligned)
+        return made
 
     return make
+
+
+def _aligned(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Lay every gradient out as its weight, since fused kernels walk both as they lie in memory.
+
+    `backward` does so by itself; gradients that a paper or a plug-in forms may lie otherwise, and
+    the kernels would add them to the wrong weights without a word.
+    """
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            grad = weight.grad
+            if grad is not None and grad.stride() != weight.stride():
+                weight.grad = torch.empty_like(weight).copy_(grad)

@@ -70,6 +70,19 @@ class Teacher(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Prediction: ...
 
 
+@runtime_checkable
+class KeepsAnswers(Protocol):
+    """A teacher whose answers cost: a resumed run must not ask again for what it repeats."""
+
+    def keep_answers(self, path: Path, *, resume: bool) -> None:
+        """Keep answers in a file at `path` from now on; without `resume` it is emptied first."""
+        ...
+
+    def checkpointed(self) -> None:
+        """A checkpoint was written."""
+        ...
+
+
 class Source(Protocol):
     """Where inputs come from that are not made by the method itself.
 
@@ -130,6 +143,26 @@ class Task(Protocol):
 
     def evaluate(self, model: nn.Module, data: Any) -> Mapping[str, float]:
         """Metrics of `model` on `data`, `metric` among them; restores the training flags."""
+        ...
+
+
+@runtime_checkable
+class JudgesInDetail(Protocol):
+    """A task that tells more about a finished run than its metrics: `evaluation.json`.
+
+    Asked once, after the last step; nothing is selected on it. A page shows the keys that it knows:
+    see `details` of the task of classification.
+    """
+
+    def details(self, student: nn.Module, teacher: Any, data: Any) -> Mapping[str, Any]:
+        """Plain values for JSON about `student` beside `teacher` on real test data.
+
+        Args:
+            student: what the run made.
+            teacher: the one network it learned from, never a counted black box; None where there
+                are several or it cannot be asked free of charge.
+            data: as `evaluate` takes it.
+        """
         ...
 
 
@@ -234,7 +267,12 @@ class Method(Protocol):
     """A published system: its file holds `Config`, this class and the paper's loop.
 
     It may also have `variant() -> str`, which names the options that are on, "" for the method as
-    published; it stands beside the name wherever results are shown.
+    published; it stands beside the name wherever results are shown. And it may have a class method
+    `suggest(task, teachers, student) -> Mapping[str, Any]`: settings that it derives from the input
+    spec, the number of classes and the networks, for whoever gives none. They are the lowest layer,
+    below what a recipe or a caller says, and do not touch the defaults of `Config`, which stay the
+    paper's. It draws nothing, reads no clock and leaves the networks as they are, so that a resumed
+    run gets the same.
     """
 
     Config: type[BaseModel]

@@ -14,7 +14,8 @@ class Registry:
     """What a package offers, one class per module, plus entry points of other distributions.
 
     A module `pre_dfkd.py` offers the name `pre-dfkd`. Names are listed without importing anything;
-    a class is imported when it is asked for.
+    a class is imported when it is asked for. A class that is offered nowhere goes by
+    "package.module:Class".
     """
 
     def __init__(self, package: str, *, kind: str, group: str, marks: tuple[str, ...]) -> None:
@@ -35,15 +36,19 @@ class Registry:
         """All names, sorted."""
         return sorted({*self._modules(), *self._entry_points()})
 
-    def get(self, name: str) -> Any:
-        """The class that `name` stands for.
+    def get(self, name: str | type) -> Any:
+        """The class that `name` stands for; a class stands for itself.
 
         Raises:
-            RecipeError: there is none; names the nearest.
+            RecipeError: there is none, or the class lacks something; names the nearest.
         """
+        if isinstance(name, type):
+            return self._complete(name, name.__qualname__)
         modules = self._modules()
         if name in modules:
             return self._class_in(importlib.import_module(modules[name]))
+        if ":" in name:
+            return self._imported(name)
         foreign = self._entry_points()
         if name in foreign:
             return self._load(foreign[name])
@@ -54,6 +59,32 @@ class Registry:
         raise RecipeError(
             f"got {self.kind} {name!r}, {expected}; {hint}See 'vestige list {self.kind}s'."
         )
+
+    def name_of(self, name: str | type) -> str:
+        """What stands in records: the name, or "package.module:Class" of a class."""
+        if isinstance(name, str):
+            return name
+        return f"{name.__module__}:{name.__qualname__}"
+
+    def _imported(self, target: str) -> Any:
+        module, _, attribute = target.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise RecipeError(
+                f"got {self.kind} {target!r}, which cannot be imported ({error}), expected "
+                "'package.module:Class'; correct the name, or start where the module lies"
+            ) from error
+        return self._complete(found, target)
+
+    def _complete(self, found: Any, target: str) -> Any:
+        lacking = [mark for mark in self._marks if not hasattr(found, mark)]
+        if lacking:
+            raise RecipeError(
+                f"got {self.kind} {target!r}, which lacks {', '.join(lacking)}, expected a class "
+                f"with {', '.join(self._marks)}; add them"
+            )
+        return found
 
     def _load(self, point: Any) -> Any:
         try:

@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from vestige.core import parallel
 
 
 def derive(seed: int, name: str) -> int:
@@ -33,17 +36,25 @@ def global_state() -> dict[str, Any]:
     """State of the global torch, CUDA, NumPy and Python generators."""
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": _cuda_states() if torch.cuda.is_initialized() else [],
         "numpy": np.random.get_state(legacy=False),
         "python": random.getstate(),
     }
+
+
+def _cuda_states() -> list[Tensor]:
+    # Each of several processes has one GPU, and on resume takes over what the first one saved.
+    return [torch.cuda.get_rng_state()] if parallel.world() > 1 else torch.cuda.get_rng_state_all()
 
 
 def set_global_state(state: dict[str, Any]) -> None:
     """Put the global generators back to what `global_state` returned."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        if parallel.world() > 1:
+            torch.cuda.set_rng_state(state["cuda"][0])
+        else:
+            torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from vestige.core import parallel
 from vestige.errors import ContractError, ShapeError
 
 Role = Literal["source", "student", "auxiliary"]
@@ -18,6 +19,11 @@ Inputs = Tensor | Mapping[str, Tensor]
 def count_rows(inputs: Inputs) -> int:
     """Size of the batch dimension, the first of every tensor."""
     return len(inputs if isinstance(inputs, Tensor) else next(iter(inputs.values())))
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision as float32: losses of logits and of images need more than 8 bits."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def pick_rows(inputs: Inputs, index: Tensor | slice) -> Inputs:
@@ -177,6 +183,8 @@ class Batch:
     def mean(self, per_sample: Tensor) -> Tensor:
         """Mean over the batch of a per-sample loss (B,), weighted if a plug-in set weights.
 
+        Where several processes share a batch this is the mean over all of it, in each of them.
+
         Divides by B, not by the sum of the weights, so that a weight of 0 lowers the loss and a
         negative weight is well defined.
 
@@ -189,7 +197,8 @@ class Batch:
                 f"({len(self)},); reduce over everything but the batch first"
             )
         self._reductions += 1
-        return (per_sample if self.weights is None else per_sample * self.weights).mean()
+        weighted = per_sample if self.weights is None else per_sample * self.weights
+        return parallel.batch_mean(weighted)
 
     @property
     def weights_were_used(self) -> bool:
@@ -208,21 +217,22 @@ class Prediction:
         """Read the logits from what a forward returned.
 
         Understood are a tensor, a tuple or list whose first member is one, a mapping with the key
-        "logits" or "out", and an object with the attribute `logits`.
+        "logits" or "out", and an object with the attribute `logits`. Logits of half precision come
+        back in float32, so that losses are computed in it.
         """
         if isinstance(output, Prediction):
             return output
         if isinstance(output, Tensor):
-            return cls(output)
+            return cls(at_least_float32(output))
         logits = getattr(output, "logits", None)
         if isinstance(logits, Tensor):
-            return cls(logits)
+            return cls(at_least_float32(logits))
         if isinstance(output, Mapping):
             for key in ("logits", "out"):
                 if isinstance(output.get(key), Tensor):
-                    return cls(output[key])
+                    return cls(at_least_float32(output[key]))
         if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
-            return cls(output[0])
+            return cls(at_least_float32(output[0]))
         raise ShapeError(
             f"a forward returned {type(output).__name__}, expected a tensor of logits, a tuple "
             "that starts with it, a mapping with 'logits' or 'out', or an object with "
@@ -245,6 +255,8 @@ class Loss:
         inputs: what the networks saw, (B, ...), still attached for role "source".
         teacher: aligned with `inputs` row by row.
         student: aligned with `inputs` row by row.
+        fresh: (B,), bool, rows that no update has seen before; None where all are. What is replayed
+            says nothing about how the student does on new inputs.
     """
 
     terms: Mapping[str, Tensor]
@@ -252,6 +264,7 @@ class Loss:
     inputs: Inputs | None = None
     teacher: Prediction | None = None
     student: Prediction | None = None
+    fresh: Tensor | None = None
 
     def detach(self) -> "Loss":
         """The same values without graph."""
@@ -261,6 +274,7 @@ class Loss:
             _detached(self.inputs),
             None if self.teacher is None else self.teacher.detach(),
             None if self.student is None else self.student.detach(),
+            self.fresh,
         )
 
     def plus(self, extra: Mapping[str, Tensor]) -> "Loss":

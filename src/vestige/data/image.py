@@ -1,55 +1,68 @@
 """Sets of labelled images on disk, and how they become inputs of a network."""
 
 import hashlib
-import os
-import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from vestige.core.types import InputSpec
+from vestige.data._layout import (
+    BUILT_IN,
+    SPLITS,
+    Part,
+    Size,
+    check_split,
+    class_names,
+    data_folder,
+    is_undivided,
+    locate,
+    place_of,
+    sizes,
+)
+from vestige.data._npz import Arrays, Images, Labels, read_npz
+from vestige.data._pictures import Pictures, read_class_folders
 from vestige.errors import DataError, ShapeError
 
-Images = NDArray[np.uint8]
-Labels = NDArray[np.int64]
-Arrays = tuple[Images, Labels, tuple[str, ...]]
+__all__ = [
+    "BUILT_IN",
+    "COMMON_SETS",
+    "ImageSet",
+    "channel_statistics",
+    "data_folder",
+    "list_images",
+    "load_images",
+    "to_inputs",
+]
 
-SPLITS = ("train", "select", "test")
-BUILT_IN = "digits"
 COMMON_SETS = ("cifar10", "fashion_mnist", "mnist", "web32")
-LAYOUT = (
-    "an .npz file with x: uint8 (N, H, W) or (N, H, W, 3), y: int64 (N,) class numbers from 0, "
-    "classes: the names as a string array"
-)
 DIGITS_TEST_PER_CLASS = 50
 DIGITS_SEED = 0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ImageSet:
-    """One split of a set of labelled images.
+    """One split of a set of labelled images; a `core.protocols.DataSet`.
 
     Attributes:
         name: name of the set.
-        split: "train", "select" or "test".
-        images: (N, H, W) or (N, H, W, C), uint8.
-        labels: (N,), int64, in [0, len(classes)).
-        classes: names of the classes.
-        path: the file it was read from; None for the built-in set.
-        fingerprint: sha256 in hex of shapes, dtypes and bytes of images, labels and class names.
+        split: "train", "select", "test" or "all".
+        images: (N, H, W) or (N, H, W, C), uint8; or N pictures, which are decoded by `inputs`.
+        labels: (N,), int64, in [0, len(classes)) where the classes have names.
+        classes: names of the classes; () where the set gives none, and labels are class numbers.
+        path: the file or folder it was read from; None for the built-in set.
+        fingerprint: sha256 in hex of shapes, dtypes and bytes of images, labels and class names; of
+            pictures it is of their files' contents, labels and class names. Where the set lies and
+            what its pictures' files are called does not matter.
     """
 
     name: str
     split: str
-    images: Images
+    images: Images | Pictures
     labels: Labels
     classes: tuple[str, ...]
     path: Path | None
@@ -58,15 +71,25 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
-    @property
-    def channels(self) -> int:
-        """Number of colour channels; 1 for images without a channel dimension."""
-        return 1 if self.images.ndim == 3 else int(self.images.shape[3])
-
     @classmethod
     def open(cls, name: str, split: str) -> "ImageSet":
         """The same as `load_images`."""
         return load_images(name, split)
+
+    @classmethod
+    def find(cls, name: str, split: str) -> None:
+        """Look for what `open` would read, without reading it.
+
+        Raises:
+            DataError: it is not there.
+        """
+        if name != BUILT_IN:
+            locate(name, split)
+
+    @classmethod
+    def undivided(cls, name: str) -> bool:
+        """Whether `name` is the path of class folders of pictures without splits."""
+        return name != BUILT_IN and is_undivided(name)
 
     def inputs(self, spec: InputSpec) -> Tensor:
         """All images as inputs (N, C, H, W) of `spec`, see `to_inputs`."""
@@ -77,17 +100,8 @@ class ImageSet:
         return self.inputs(spec), torch.from_numpy(self.labels)
 
 
-def data_folder() -> Path:
-    """Where data sets lie: $VESTIGE_DATA, else vestige/data in the user's cache folder."""
-    chosen = os.environ.get("VESTIGE_DATA")
-    if chosen:
-        return Path(chosen).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "vestige" / "data"
-
-
 def load_images(name_or_path: str, split: str) -> ImageSet:
-    """Read one split of a set of images.
+    """Read one split of a set of images; pictures are not decoded yet.
 
     "digits" is built in: the 1,797 handwritten 8x8 digits that scikit-learn ships, with values
     0..16 scaled to 0..255 and rounded. They are put into the order
@@ -95,45 +109,52 @@ def load_images(name_or_path: str, split: str) -> ImageSet:
     (500), and of the other 1,297 the last 10 % are select (129) and the rest is train (1,168).
 
     Any other name is a folder in `data_folder()`, and anything with a path separator is a folder
-    itself; both hold train.npz, test.npz and, if there is one, select.npz or val.npz. Without such
-    a file the last 10 % of train in stored order are "select", and "train" is the rest.
+    itself. A split is SPLIT.npz, or a folder SPLIT with one folder of pictures per class; "select"
+    may be called "val". Without it the last 10 % of train are "select", and "train" is the rest:
+    of an .npz in stored order, of pictures in the order of their contents' sha256.
+
+    A folder with only all.npz, or all/CLASS/*.png, or CLASS/*.png, is divided by the sha256 of each
+    image's bytes, 80 % train, 10 % select, 10 % test, whatever the order and the names of files;
+    equal images fall into one split.
+
+    The path of an .npz file, or of class folders whose folder is called as a split, is one split
+    and opens as "test" only.
 
     Args:
-        name_or_path: "digits", a name in the data folder, or a path to a folder.
-        split: "train", "select" or "test"; the three never overlap.
+        name_or_path: "digits", a name in the data folder, or a path.
+        split: "train", "select" or "test"; the three never overlap. "all" of what is not divided.
 
     Raises:
-        DataError: the split is unknown, or its file is missing, damaged or in another layout.
+        DataError: the split is unknown, or what holds it is missing, damaged or in another layout.
     """
-    if split not in SPLITS:
-        raise DataError(
-            f"got split '{split}', expected one of {', '.join(SPLITS)}; use one of these"
-        )
+    check_split(split)
     if name_or_path == BUILT_IN:
+        if split == "all":
+            raise DataError(f"got split 'all' of '{BUILT_IN}', expected one of {', '.join(SPLITS)}")
         images, labels, classes = _digits(split)
         return _image_set(BUILT_IN, split, (images, labels, classes), None)
-    folder = _folder(name_or_path)
-    path, part = _locate(folder, split)
-    if not path.is_file():
-        raise _missing(name_or_path, folder, path, split)
-    images, labels, classes = _read(path)
-    rows = _part(len(images), part)
-    if rows.start == rows.stop:
+    part = locate(name_or_path, split)
+    place = place_of(name_or_path)
+    name = place.stem if place.suffix == ".npz" else place.name
+    found = _read_npz(name, part) if part.path.suffix == ".npz" else _read_pictures(name, part)
+    if not len(found):
         raise DataError(
-            f"got {len(images)} images in {path}, expected enough for a '{split}' split; add images"
+            f"got no images for the '{split}' split in {part.path}, expected enough for one; add "
+            "images, or store the splits apart: train, select and test"
         )
-    return _image_set(folder.name, split, (images[rows], labels[rows], classes), path)
+    return found
 
 
-def to_inputs(images: Images, spec: InputSpec, *, batch_size: int = 1024) -> Tensor:
+def to_inputs(images: Images | Pictures, spec: InputSpec, *, batch_size: int = 1024) -> Tensor:
     """Turn stored images into inputs of a network.
 
     Values are divided by 255; where the size differs from the spec's, images are resized bilinearly
     (align_corners off, antialiased when one side shrinks); grey images are repeated over the spec's
-    channels; then the spec's normalisation is applied.
+    channels; then the spec's normalisation is applied. Pictures are read in grey for a spec of one
+    channel, and may differ in size.
 
     Args:
-        images: (N, H, W) or (N, H, W, C), uint8.
+        images: (N, H, W) or (N, H, W, C), uint8; or pictures.
         spec: an image spec (C, H, W).
         batch_size: images that are converted at a time; bounds the memory, changes no value.
 
@@ -141,7 +162,8 @@ def to_inputs(images: Images, spec: InputSpec, *, batch_size: int = 1024) -> Ten
         (N, C, H, W), float32, on the CPU, in the normalised space of `spec`.
 
     Raises:
-        DataError: the array is no uint8 image array, or its channels do not fit the spec.
+        DataError: the array is no uint8 image array, its channels do not fit the spec, or a picture
+            cannot be decoded.
         ShapeError: the spec does not describe images.
     """
     if spec.kind != "image" or len(spec.shape) != 3:
@@ -149,29 +171,43 @@ def to_inputs(images: Images, spec: InputSpec, *, batch_size: int = 1024) -> Ten
             f"got an input spec of kind '{spec.kind}' and shape {spec.shape}, expected images "
             "(C, H, W); make it with InputSpec.image"
         )
+    inputs = torch.empty(len(images), *spec.shape)
+    start = 0
+    for part in _batches(images, spec, batch_size):
+        inputs[start : start + len(part)] = _converted(part, spec)
+        start += len(part)
+    return inputs
+
+
+def _batches(images: Images | Pictures, spec: InputSpec, batch_size: int) -> Iterator[Images]:
+    if isinstance(images, Pictures):
+        yield from images.read(grey=spec.shape[0] == 1)
+        return
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise DataError(
             f"got images of dtype {images.dtype} and shape {images.shape}, expected uint8 "
             "(N, H, W) or (N, H, W, C); scale values to 0..255 and put channels last"
         )
+    for start in range(0, len(images), batch_size):
+        yield images[start : start + batch_size]
+
+
+def _converted(images: Images, spec: InputSpec) -> Tensor:
     found, (channels, height, width) = 1 if images.ndim == 3 else images.shape[3], spec.shape
     if found not in (1, channels):
         raise DataError(
             f"got images with {found} channels, expected {channels} as in the input spec; "
             f"convert the images or use a spec of {found} channels"
         )
-    inputs = torch.empty(len(images), channels, height, width)
-    for start in range(0, len(images), batch_size):
-        rows = torch.from_numpy(np.ascontiguousarray(images[start : start + batch_size]))
-        rows = rows.unsqueeze(1) if images.ndim == 3 else rows.permute(0, 3, 1, 2)
-        part = rows.float() / 255
-        if part.shape[2:] != (height, width):
-            shrinks = part.shape[2] > height or part.shape[3] > width
-            part = functional.interpolate(
-                part, (height, width), mode="bilinear", align_corners=False, antialias=shrinks
-            )
-        inputs[start : start + batch_size] = spec.normalize(part.expand(-1, channels, -1, -1))
-    return inputs
+    rows = torch.from_numpy(np.ascontiguousarray(images))
+    rows = rows.unsqueeze(1) if images.ndim == 3 else rows.permute(0, 3, 1, 2)
+    part = rows.float() / 255
+    if part.shape[2:] != (height, width):
+        shrinks = part.shape[2] > height or part.shape[3] > width
+        part = functional.interpolate(
+            part, (height, width), mode="bilinear", align_corners=False, antialias=shrinks
+        )
+    return spec.normalize(part.expand(-1, channels, -1, -1))
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -188,28 +224,28 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def list_images() -> list[tuple[str, str, Mapping[str, int | Literal["missing", "damaged"]]]]:
+def list_images() -> list[tuple[str, str, Mapping[str, Size]]]:
     """What `load_images` can find: name, where, and per split its size, "missing" or "damaged".
 
-    Lists the built-in set, every folder in `data_folder()` with an .npz split, and the sets that
-    shipped recipes ask for even where they are missing. Reads headers only.
+    Lists the built-in set, every set in `data_folder()`, and the sets that shipped recipes ask for
+    even where they are missing. A set that is stored in one piece has the one size "all". Reads
+    headers and names of files only.
     """
     built_in = {split: len(_digits(split)[0]) for split in SPLITS}
-    found: list[tuple[str, str, Mapping[str, int | Literal["missing", "damaged"]]]] = [
+    found: list[tuple[str, str, Mapping[str, Size]]] = [
         (BUILT_IN, "built in (scikit-learn)", built_in)
     ]
     root = data_folder()
     names = set(COMMON_SETS)
     if root.is_dir():
-        names |= {
-            folder.name
-            for folder in root.iterdir()
-            if any((folder / f"{stem}.npz").is_file() for stem in (*SPLITS, "val"))
-        }
+        names |= {folder.name for folder in root.iterdir() if folder.is_dir()}
     for name in sorted(names - {BUILT_IN}):
-        found.append(
-            (name, str(root / name), {split: _size(root / name, split) for split in SPLITS})
-        )
+        try:
+            held = sizes(root / name)
+        except (DataError, OSError):
+            held = dict.fromkeys(SPLITS, "damaged")
+        if held or name in COMMON_SETS:
+            found.append((name, str(root / name), held or dict.fromkeys(SPLITS, "missing")))
     return found
 
 
@@ -228,84 +264,35 @@ def _digits(split: str) -> Arrays:
     is_test = rank[order] < DIGITS_TEST_PER_CLASS
     rows = order[is_test] if split == "test" else order[~is_test]
     if split != "test":
-        rows = rows[_part(len(rows), split)]
+        rows = rows[Part(Path(), "tenth", split).rows(len(rows))]
     return images[rows], labels[rows], tuple(str(digit) for digit in range(10))
 
 
-def _part(count: int, part: str) -> slice:
-    """Rows of a stored split: "all", or the share of train that is "train" or "select"."""
-    cut = count if part == "all" else count - count // 10
-    return slice(cut, count) if part == "select" else slice(0, cut)
+def _read_npz(name: str, part: Part) -> ImageSet:
+    images, labels, classes = read_npz(part.path)
+    if part.rule == "content":
+        digests = (hashlib.sha256(image.tobytes()).hexdigest() for image in images)
+        chosen = np.array([part.has(digest) for digest in digests], dtype=bool)
+        arrays: Arrays = (images[chosen], labels[chosen], classes)
+    else:
+        rows = part.rows(len(images))
+        arrays = (images[rows], labels[rows], classes)
+    return _image_set(name, part.split, arrays, part.path)
 
 
-def _folder(name_or_path: str) -> Path:
-    path = Path(name_or_path).expanduser()
-    if len(path.parts) != 1 or path.is_absolute() or name_or_path in (".", ".."):
-        return path.resolve()
-    named = data_folder() / name_or_path
-    return path.resolve() if path.is_dir() and not named.is_dir() else named
-
-
-def _locate(folder: Path, split: str) -> tuple[Path, str]:
-    """The file that holds `split`, and which part of it: "all", "train" or "select"."""
-    if split == "test":
-        return folder / "test.npz", "all"
-    for stem in ("select", "val"):
-        if (folder / f"{stem}.npz").is_file():
-            return folder / f"{stem if split == 'select' else 'train'}.npz", "all"
-    return folder / "train.npz", split
-
-
-def _missing(asked: str, folder: Path, path: Path, split: str) -> DataError:
-    where = "" if asked != folder.name else ", or point $VESTIGE_DATA to the folder that holds it"
-    return DataError(
-        f"got no file {path} for split '{split}' of data set '{asked}'; expected {LAYOUT}. "
-        f"Put train.npz and test.npz into {folder}{where}. From arrays of your own: "
-        "numpy.savez('train.npz', x=images, y=labels, classes=names); folders of pictures must be "
-        f"packed like that first. '{BUILT_IN}' is always there"
-    )
-
-
-def _read(path: Path) -> Arrays:
-    try:
-        found = _members(path)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(
-            f"got {path}, which cannot be read ({error}), expected {LAYOUT}; the file is damaged "
-            "or holds Python objects, write it again"
-        ) from error
-    missing = [key for key in ("x", "y", "classes") if key not in found]
-    if missing:
-        raise DataError(
-            f"got {path} with the keys {sorted(found)}, expected {LAYOUT}; add {', '.join(missing)}"
-        )
-    _check(path, found)
-    return found["x"], found["y"], tuple(str(name) for name in found["classes"])
-
-
-def _members(path: Path) -> dict[str, NDArray[Any]]:
-    stored = np.load(path, allow_pickle=False)
-    if isinstance(stored, np.ndarray):
-        return {}
-    with stored:
-        return {key: stored[key] for key in stored.files}
-
-
-def _check(path: Path, found: Mapping[str, NDArray[Any]]) -> None:
-    images, labels, classes = found["x"], found["y"], found["classes"]
-    wrong = ""
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        wrong = f"x of dtype {images.dtype} and shape {images.shape}"
-    elif images.ndim == 4 and images.shape[3] not in (1, 3):
-        wrong = f"x of shape {images.shape}, so {images.shape[3]} channels"
-    elif labels.dtype != np.int64 or labels.shape != images.shape[:1]:
-        wrong = f"y of dtype {labels.dtype} and shape {labels.shape} for {len(images)} images"
-    elif classes.ndim != 1 or classes.dtype.kind != "U":
-        wrong = f"classes of dtype {classes.dtype} and shape {classes.shape}"
-    elif len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
-        wrong = f"y from {labels.min()} to {labels.max()} for {len(classes)} class names"
-    if wrong:
-        raise DataError(f"got {wrong} in {path}, expected {LAYOUT}; write the file again")
+def _read_pictures(name: str, part: Part) -> ImageSet:
+    found = read_class_folders(part.path, class_names(part.path))
+    if part.rule == "content":
+        chosen = np.array([part.has(digest) for digest in found.digests], dtype=bool)
+    else:
+        chosen = np.zeros(len(found.digests), dtype=bool)
+        chosen[part.rows(len(chosen))] = True
+    pictures, labels = found.pictures[chosen], found.labels[chosen]
+    whole = hashlib.sha256()
+    for row in np.flatnonzero(chosen):
+        whole.update(f"{found.digests[row]} {found.labels[row]}\n".encode())
+    whole.update("\0".join(found.classes).encode())
+    return ImageSet(name, part.split, pictures, labels, found.classes, part.path, whole.hexdigest())
 
 
 def _image_set(name: str, split: str, arrays: Arrays, path: Path | None) -> ImageSet:
@@ -316,18 +303,3 @@ def _image_set(name: str, split: str, arrays: Arrays, path: Path | None) -> Imag
         digest.update(np.ascontiguousarray(array).data)
     digest.update("\0".join(classes).encode())
     return ImageSet(name, split, images, labels, classes, path, digest.hexdigest())
-
-
-def _size(folder: Path, split: str) -> int | Literal["missing", "damaged"]:
-    path, part = _locate(folder, split)
-    if not path.is_file():
-        return "missing"
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("x.npy") as header:
-            version = np.lib.format.read_magic(header)
-            read = np.lib.format.read_array_header_1_0
-            shape = (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(header)[0]
-            rows = _part(shape[0], part)
-            return int(rows.stop - rows.start)
-    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile, zlib.error):
-        return "damaged"

@@ -2,11 +2,11 @@
 
 import math
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from vestige.core import parallel
 from vestige.errors import RecipeError
 
 
@@ -48,7 +48,7 @@ def class_balance_loss(
         )
     log_probs = F.log_softmax(logits, 1).movedim(1, -1).flatten(0, -2)
     # In log space: p log p through softmax has a NaN gradient once a class underflows to 0.
-    log_mean = torch.logsumexp(log_probs, 0) - math.log(log_probs.shape[0])
+    log_mean = parallel.batch_log_mean_exp(log_probs)
     return (log_mean.exp() * log_mean).sum() / math.log(base)
 
 

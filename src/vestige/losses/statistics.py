@@ -9,6 +9,9 @@ from torch import Tensor
 
 from vestige.errors import RecipeError, ShapeError
 
+# Variance that a channel is taken to have at least, as a share of its layer's mean.
+_DEAD = 1e-3
+
 
 class Stats(NamedTuple):
     """Mean and variance of one layer's input, per channel.
@@ -32,19 +35,23 @@ def bn_statistics_loss(
         stored: running mean and variance, each (C,), no gradient.
         norm: "l2" adds ||mean - mean||_2 + ||var - var||_2, neither squared nor divided by C
             (DeepInversion, arXiv 1912.08795, eq. 4); "mse" adds the mean squared differences, which
-            fades near the target and weights wide layers no more than narrow ones.
+            fades near the target and weights wide layers no more than narrow ones. "relative" has
+            no unit: root mean square over channels of the means' difference in stored deviations,
+            plus that of the logarithm of the variances' ratio.
 
     Returns:
-        Scalar (), at least 0; sum over layers, not divided by their number. A layer whose
-        statistics are met exactly adds 0 with gradient 0.
+        Scalar (), at least 0; sum over layers, not divided by their number, but with "relative"
+        their mean, so that one weight suits small and large networks. A layer whose statistics are
+        met exactly adds 0 with gradient 0.
 
     Raises:
         RecipeError: unknown norm.
         ShapeError: no layers, a different number of layers, or a layer whose C differs.
     """
-    if norm not in ("l2", "mse"):
+    if norm not in ("l2", "mse", "relative"):
         raise RecipeError(
-            f"got norm {norm!r}, expected 'l2' or 'mse'; DeepInversion and DataFree use 'l2'"
+            f"got norm {norm!r}, expected 'l2', 'mse' or 'relative'; DeepInversion and DataFree "
+            "use 'l2'"
         )
     if not observed or len(observed) != len(stored):
         raise ShapeError(
@@ -60,8 +67,25 @@ def bn_statistics_loss(
                 f"{tuple(kept.mean.shape)} and {tuple(kept.var.shape)}; read both from one "
                 "BatchNormProbe, in one order"
             )
-        terms.append(_distance(seen.mean, kept.mean, norm) + _distance(seen.var, kept.var, norm))
-    return torch.stack(terms).sum()
+        if norm == "relative":
+            terms.append(_relative(seen, kept))
+        else:
+            terms.append(
+                _distance(seen.mean, kept.mean, norm) + _distance(seen.var, kept.var, norm)
+            )
+    return torch.stack(terms).mean() if norm == "relative" else torch.stack(terms).sum()
+
+
+def _relative(seen: Stats, kept: Stats) -> Tensor:
+    # Channels that died in training have no variance; a share of the layer's mean keeps them from
+    # outweighing all others.
+    floor = _DEAD * kept.var.mean() + torch.finfo(kept.var.dtype).tiny
+    mean = (seen.mean - kept.mean) / (kept.var + floor).sqrt()
+    var = torch.log((seen.var + floor) / (kept.var + floor))
+    # Of many channels the root mean square; vector_norm has the gradient 0 at 0.
+    size = len(kept.mean) ** 0.5
+    distance: Tensor = (torch.linalg.vector_norm(mean) + torch.linalg.vector_norm(var)) / size
+    return distance
 
 
 def _distance(seen: Tensor, kept: Tensor, norm: str) -> Tensor:

@@ -14,12 +14,15 @@ round is `iterations` iterations (the paper's "epoch" of 50).
 Differs from the paper:
     The teacher is frozen and gives its answers to the student without a graph; same result, less
     work. Schedules step at the end of a round; the reference code steps some at the start.
-    Four options that are off by default, because as published the generator can wander from class
-    to class and the student forgets: `bn_weight` (match the teacher's BatchNorm statistics),
-    `balance_weight` (spread the batch over the classes), `replay` (mix earlier fakes into the
-    student's batch), `student_mode: eval` (no batch statistics of the student for G to exploit).
-    A run that uses one is not DFAD as published and is to be named so. On small networks with
-    BatchNorm only the first mends it (benchmarks/claims/dfad-remedies.json).
+    Options that are off by default, because as published the generator can wander from class to
+    class and the student forgets: `bn_weight` (match the teacher's BatchNorm statistics),
+    `balance_weight` (spread the batch over the classes), `one_hot_weight` (fakes of which the
+    teacher is sure), `replay` (mix earlier fakes into the student's batch), `student_mode: eval`
+    (no batch statistics of the student for G to exploit), `units: relative` (terms that weigh the
+    same for every teacher). A run that uses one is not DFAD as published and is to be named so. On
+    small networks with BatchNorm, of those that were tried alone only the first mends it
+    (benchmarks/claims/dfad-remedies.json). `generator: pyramid` makes images of any size and
+    `generator_head: sigmoid` images in [0, 1]; both are for inputs that the paper did not have.
 
 Cost per round: `iterations` times: G forward `student_steps` + 1, backward 1; T forward
     `student_steps` + 1, backward to its input 1; S forward `student_steps` + 1, backward
@@ -36,14 +39,17 @@ from torch import Tensor, nn
 
 from vestige.core import modes, optim, schedules
 from vestige.core.protocols import Context, Sharded, Source, Stateful, Task, Teacher
-from vestige.core.types import Batch, Loss, Requires, Result, Step, predict
+from vestige.core.types import Batch, InputSpec, Loss, Requires, Result, Step, predict
 from vestige.losses.adversarial import disagreement_loss, log_form
-from vestige.losses.prior import class_balance_loss
+from vestige.losses.prior import class_balance_loss, one_hot_loss
 from vestige.losses.statistics import bn_statistics_loss
+from vestige.methods import _untuned
 from vestige.models.factory import build_generator
 from vestige.models.probes import BatchNormProbe
 from vestige.sources.memory import RingMemory
 from vestige.teachers.white_box import module_of
+
+_LEAST_LOGIT = 1e-6
 
 
 class DFADConfig(BaseModel):
@@ -61,7 +67,10 @@ class DFADConfig(BaseModel):
         generator_lr: of Adam. 1e-3 (reference code). Higher makes the generator move on sooner.
         schedule: of both rates. "multistep" (reference code), "cosine" or "constant".
         milestones: of "multistep" as shares of the rounds, x0.1 each. 100 and 200 of 500 epochs.
-        generator: "upsample" (the paper's generator A) or "dcgan" (generator B, larger images).
+        generator: "upsample" (the paper's generator A), "dcgan" (generator B, larger images) or
+            "pyramid" (A with as many upsamplings as the size needs, any size).
+        generator_head: of "upsample" and "pyramid". "tanh_bn" (reference code) makes batches of
+            mean 0 and variance 1, "sigmoid" images in [0, 1], for teachers that take those.
         generator_width: 64 (reference code); cost grows with its square.
         latent_dim: 256 (reference code).
         log_form: use -log(D + 1) for G, as the paper does for segmentation; None follows the task.
@@ -70,9 +79,15 @@ class DFADConfig(BaseModel):
             the statistics of the teacher's training data, too high makes them all alike.
         balance_weight: of the class-balance term in G's loss. 0 (paper). Higher spreads a batch
             over the classes.
+        one_hot_weight: of DAFL's one-hot term in G's loss. 0 (paper). Higher makes fakes of which
+            the teacher is sure.
         replay: share of the student's batch taken from earlier fakes, in [0, 1), at least one row
             if above 0. 0 (paper). Higher forgets less and sees fewer new fakes.
         replay_size: earlier fakes kept. 4096, our choice: 16 batches of 256.
+        units: of the terms in G's loss. "absolute" (reference code) takes logits and the sum of
+            BatchNorm statistics as they are, so their balance depends on the teacher. "relative"
+            divides D by the teacher's mean absolute logit and takes the mean over layers of
+            dimensionless BatchNorm distances, so one `bn_weight` suits many teachers.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -87,15 +102,26 @@ class DFADConfig(BaseModel):
     generator_lr: float = Field(1e-3, gt=0)
     schedule: schedules.ScheduleName = "multistep"
     milestones: tuple[schedules.Share, ...] = (0.2, 0.4)
-    generator: Literal["upsample", "dcgan"] = "upsample"
+    generator: Literal["upsample", "dcgan", "pyramid"] = "upsample"
+    generator_head: Literal["tanh_bn", "sigmoid"] = "tanh_bn"
     generator_width: int = Field(64, ge=1)
     latent_dim: int = Field(256, ge=1)
     log_form: bool | None = None
     student_mode: Literal["train", "eval"] = "train"
     bn_weight: float = Field(0.0, ge=0)
     balance_weight: float = Field(0.0, ge=0)
+    one_hot_weight: float = Field(0.0, ge=0)
     replay: float = Field(0.0, ge=0, lt=1)
     replay_size: int = Field(4096, ge=1)
+    units: Literal["absolute", "relative"] = "absolute"
+
+
+def make_generator(cfg: DFADConfig, spec: InputSpec) -> nn.Module:
+    """The generator that `cfg` names, freshly initialised."""
+    head = {} if cfg.generator == "dcgan" else {"head": cfg.generator_head}
+    return build_generator(
+        cfg.generator, spec, latent_dim=cfg.latent_dim, width=cfg.generator_width, **head
+    )
 
 
 class DFAD:
@@ -116,13 +142,22 @@ class DFAD:
         self.teacher = teachers[0]
         self.student = student
         self.spec = task.spec
-        self.generator = build_generator(
-            cfg.generator, task.spec, latent_dim=cfg.latent_dim, width=cfg.generator_width
-        )
+        self.generator = make_generator(cfg, task.spec)
         self.log_form = task.kind == "segmentation" if cfg.log_form is None else cfg.log_form
         self.memory = RingMemory(cfg.replay_size)
         # Found once: a teacher without BatchNorm is refused here, not in the first step.
         self.probe = BatchNormProbe(module_of(self.teacher)) if cfg.bn_weight else None
+
+    @classmethod
+    def suggest(
+        cls, task: Task, teachers: Sequence[Teacher], student: nn.Module
+    ) -> Mapping[str, Any]:
+        """Settings for networks and inputs that nobody tuned; our choices, not the paper's."""
+
+        def generator(settings: Mapping[str, Any]) -> nn.Module:
+            return make_generator(DFADConfig(**settings), task.spec)
+
+        return _untuned.adversarial(task, teachers[0], student, generator)
 
     def parts(self) -> Mapping[str, Stateful | Sharded]:
         """Student, generator and the memory of earlier fakes."""
@@ -174,7 +209,8 @@ class DFAD:
             teacher = predict(self.teacher, inputs)
         answer = predict(student, inputs)
         distance = batch.mean(disagreement_loss(answer.logits, teacher.logits))
-        return Loss({"disagreement": distance}, distance, inputs, teacher, answer)
+        terms, fresh = {"disagreement": distance}, batch.extra.get("fresh")
+        return Loss(terms, distance, inputs, teacher, answer, fresh)
 
     def generation(self, generator: Any, batch: Batch) -> Loss:
         """-D(S, T; G(z)), or -log(D + 1), and the options; minimised over the generator."""
@@ -185,32 +221,46 @@ class DFAD:
         with modes.evaluating(self.student) if cfg.student_mode == "eval" else nullcontext():
             answer = predict(self.student, inputs)
         distance = batch.mean(disagreement_loss(answer.logits, teacher.logits))
+        relative = cfg.units == "relative"
+        if relative:
+            # A constant per batch: what G can gain is disagreement, not small logits.
+            size = batch.mean(teacher.logits.detach().abs().flatten(1).mean(1))
+            distance = distance / size.clamp_min(_LEAST_LOGIT)
         terms = {"adversarial": -(log_form(distance) if self.log_form else distance)}
         total = terms["adversarial"]
         if self.probe is not None:
-            terms["bn_statistics"] = bn_statistics_loss(self.probe.observed(), self.probe.stored())
+            terms["bn_statistics"] = bn_statistics_loss(
+                self.probe.observed(), self.probe.stored(), norm="relative" if relative else "l2"
+            )
             total = total + cfg.bn_weight * terms["bn_statistics"]
         if cfg.balance_weight:
             terms["class_balance"] = class_balance_loss(teacher.logits)
             total = total + cfg.balance_weight * terms["class_balance"]
+        if cfg.one_hot_weight:
+            terms["one_hot"] = batch.mean(one_hot_loss(teacher.logits))
+            total = total + cfg.one_hot_weight * terms["one_hot"]
         return Loss(terms, total, inputs, teacher, answer)
 
     @torch.no_grad()
     def fakes(self, ctx: Context) -> tuple[Tensor, Batch]:
-        """Fresh fakes, and a batch of them for the student, with earlier ones if `replay` asks."""
+        """Fresh fakes, and a batch that starts with them, followed by earlier ones if asked."""
         cfg = self.cfg
         wanted = min(cfg.batch_size - 1, max(1, round(cfg.replay * cfg.batch_size)))
         replayed = wanted if cfg.replay and len(self.memory) else 0
         fresh = self.as_inputs(self.generator(self.latent(cfg.batch_size - replayed, ctx)))
         if not replayed:
             return fresh, Batch(fresh)
-        return fresh, Batch(torch.cat([fresh, self.memory.draw(replayed, ctx.rng)]))
+        inputs = torch.cat([fresh, self.memory.draw(replayed, ctx.rng)])
+        is_new = torch.arange(len(inputs), device=inputs.device) < len(fresh)
+        return fresh, Batch(inputs, extra={"fresh": is_new})
 
     def as_inputs(self, made: Tensor) -> Tensor:
         """The generator's output in the teacher's normalised space; differentiable."""
         # Generator A ends in an affine-free BatchNorm and is there already. Generator B gives
         # [-1, 1], which is so for mean and std 0.5 (the paper's), not for other statistics.
-        return self.spec.normalize((made + 1) / 2) if self.cfg.generator == "dcgan" else made
+        if self.cfg.generator == "dcgan":
+            return self.spec.normalize((made + 1) / 2)
+        return self.spec.normalize(made) if self.cfg.generator_head == "sigmoid" else made
 
     def latent(self, count: int, ctx: Context) -> Tensor:
         """Noise (count, Z), standard normal."""
@@ -221,8 +271,10 @@ class DFAD:
         options = {
             "BN statistics": self.cfg.bn_weight > 0,
             "class balance": self.cfg.balance_weight > 0,
+            "one-hot": self.cfg.one_hot_weight > 0,
             "replay": self.cfg.replay > 0,
             "student in eval mode": self.cfg.student_mode == "eval",
+            "relative units": self.cfg.units == "relative",
         }
         return ", ".join(name for name, on in options.items() if on)
 

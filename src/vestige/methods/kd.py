@@ -24,6 +24,8 @@ from vestige.core import modes, optim, schedules
 from vestige.core.protocols import Context, Sharded, Source, Stateful, Task, Teacher
 from vestige.core.types import Access, Batch, Loss, Requires, Result, Step, predict
 from vestige.losses.distill import kl_divergence, l1_logits
+from vestige.methods import _untuned
+from vestige.models.cost import forward_flops
 
 
 class KDConfig(BaseModel):
@@ -79,6 +81,29 @@ class KD:
         self.teacher = teachers[0]
         self.student = student
         self.source = sources["inputs"]
+
+    @classmethod
+    def suggest(
+        cls, task: Task, teachers: Sequence[Teacher], student: nn.Module
+    ) -> Mapping[str, Any]:
+        """Settings for networks and inputs that nobody tuned; our choices.
+
+        Adam with a cosine, and as many steps as take about four minutes on two cores by the
+        arithmetic of both networks, within limits. A teacher that shows no network is taken to be
+        as dear as the student. Nothing is suggested for dense prediction.
+        """
+        if task.kind != "classification" or task.spec.kind != "image":
+            return {}
+        shape, teacher = task.spec.shape, teachers[0]
+        own = forward_flops(student, shape)
+        other = forward_flops(teacher, shape) if isinstance(teacher, nn.Module) else own
+        return {
+            **_untuned.length(other + 3 * own, student, fewest=400, wanted=2000, most=12_000),
+            "student_optimizer": "adam",
+            "student_lr": 4e-3,
+            "student_weight_decay": 0.0,
+            "schedule": "cosine",
+        }
 
     def parts(self) -> Mapping[str, Stateful | Sharded]:
         """The student, and the source if it has state."""

@@ -3,6 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vestige.core.types import at_least_float32
 from vestige.errors import RecipeError, ShapeError
 
 
@@ -53,16 +54,6 @@ class UpsampleGenerator(nn.Module):
                 f"got image size {height}x{breadth}, expected multiples of 4; resize to "
                 f"{max(4, height // 4 * 4)}x{max(4, breadth // 4 * 4)}"
             )
-        heads: dict[str, list[nn.Module]] = {
-            "tanh_bn": [nn.Tanh(), nn.BatchNorm2d(channels, affine=False)],
-            "sigmoid": [nn.Sigmoid()],
-            "bn": [nn.BatchNorm2d(channels)],
-        }
-        if head not in heads:
-            raise RecipeError(
-                f"got generator head {head!r}, expected one of {', '.join(heads)}; "
-                "'tanh_bn' is the default"
-            )
         self.latent_dim = latent_dim
         start = (2 * width, height // 4, breadth // 4)
         self.project = nn.Sequential(
@@ -80,7 +71,7 @@ class UpsampleGenerator(nn.Module):
             nn.BatchNorm2d(width, eps=inner_eps),
             nn.LeakyReLU(slope),
         )
-        self.head = nn.Sequential(nn.Conv2d(width, channels, 3, padding=1), *heads[head])
+        self.head = _head(head, width, channels)
 
     def forward(self, latent: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch c h w"]:
         """Noise (B, Z) to (B, C, H, W), range as the head says; gradient flows to the noise.
@@ -89,7 +80,76 @@ class UpsampleGenerator(nn.Module):
         batch of 2B.
         """
         images: Tensor = self.head(self.blocks(self.project(latent)))
-        return images
+        return at_least_float32(images)
+
+
+class PyramidGenerator(nn.Module):
+    """Noise to images of any size: generator A with as many upsamplings as the size needs.
+
+    Each side is halved, rounding up, until the longer one is at most 8, at least twice. Linear to
+    that map, BN; then once per level: nearest-neighbour upsampling to the level's size, 3x3
+    convolution, BN, LeakyReLU; 3x3 convolution to C; head. Counted from the image, levels have w,
+    2w and from then on 4w channels. With two levels and sides divisible by 4 it is
+    `UpsampleGenerator`.
+
+    Attributes:
+        latent_dim: Z, number of noise values per image.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        channels: int,
+        size: int | tuple[int, int],
+        *,
+        width: int = 64,
+        head: str = "tanh_bn",
+        slope: float = 0.2,
+    ) -> None:
+        """Builds the layers.
+
+        Args:
+            latent_dim: Z.
+            channels: C of the image.
+            size: side or (H, W), any.
+            width: w, channels of the last hidden map. Cost grows with w^2.
+            head: as for `UpsampleGenerator`.
+            slope: of the LeakyReLUs for negative values.
+
+        Raises:
+            RecipeError: unknown head.
+        """
+        super().__init__()
+        height, breadth = (size, size) if isinstance(size, int) else size
+        sizes = [(height, breadth)]
+        while len(sizes) < 3 or max(sizes[-1]) > 8:
+            sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
+        levels = len(sizes) - 1
+        widths = [width * min(4, 2**level) for level in reversed(range(levels))]
+        start = (widths[0], *sizes[-1])
+        self.latent_dim = latent_dim
+        self.project = nn.Sequential(
+            nn.Linear(latent_dim, start[0] * start[1] * start[2]),
+            nn.Unflatten(1, start),
+            nn.BatchNorm2d(start[0]),
+        )
+        blocks: list[nn.Module] = []
+        for before, after, shape in zip(
+            [widths[0], *widths], widths, reversed(sizes[:-1]), strict=False
+        ):
+            blocks += [
+                nn.Upsample(size=shape),
+                nn.Conv2d(before, after, 3, padding=1),
+                nn.BatchNorm2d(after),
+                nn.LeakyReLU(slope),
+            ]
+        self.blocks = nn.Sequential(*blocks)
+        self.head = _head(head, width, channels)
+
+    def forward(self, latent: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch c h w"]:
+        """Noise (B, Z) to (B, C, H, W), range as the head says; gradient flows to the noise."""
+        images: Tensor = self.head(self.blocks(self.project(latent)))
+        return at_least_float32(images)
 
 
 class DCGANGenerator(nn.Module):
@@ -134,7 +194,7 @@ class DCGANGenerator(nn.Module):
             raise ShapeError(
                 f"got image size {height}x{breadth}, expected a shorter side of 16, 32, 64, 128, "
                 "... and a longer side that halves as often; resize, or take the generator "
-                "'upsample', which needs multiples of 4 only"
+                "'pyramid', which makes any size"
             )
         self.latent_dim = latent_dim
         inputs = [width * min(8, 2**step) for step in reversed(range(doublings))]
@@ -162,7 +222,21 @@ class DCGANGenerator(nn.Module):
         needs (images + 1) / 2 normalised with its own.
         """
         images: Tensor = self.head(self.blocks(self.project(latent)))
-        return images
+        return at_least_float32(images)
+
+
+def _head(name: str, width: int, channels: int) -> nn.Sequential:
+    heads: dict[str, list[nn.Module]] = {
+        "tanh_bn": [nn.Tanh(), nn.BatchNorm2d(channels, affine=False)],
+        "sigmoid": [nn.Sigmoid()],
+        "bn": [nn.BatchNorm2d(channels)],
+    }
+    if name not in heads:
+        raise RecipeError(
+            f"got generator head {name!r}, expected one of {', '.join(heads)}; "
+            "'tanh_bn' is the default"
+        )
+    return nn.Sequential(nn.Conv2d(width, channels, 3, padding=1), *heads[name])
 
 
 def _dcgan_init(module: nn.Module) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from vestige.core import parallel
 from vestige.errors import ContractError, NoBatchNormError
 from vestige.losses.statistics import Stats
 
@@ -116,8 +117,6 @@ class BatchNormProbe:
             # bfloat16 has 8 bits of mantissa: too few for a variance that is compared.
             if values.dtype in (torch.float16, torch.bfloat16):
                 values = values.float()
-            dims = [dim for dim in range(values.dim()) if dim != 1]
-            var, mean = torch.var_mean(values, dims, correction=0)
-            self._seen[name] = Stats(mean, var)
+            self._seen[name] = Stats(*parallel.batch_moments(values))
 
         return record

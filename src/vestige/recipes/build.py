@@ -1,75 +1,47 @@
-"""From a recipe to a ready trainer; real data is opened here and nowhere else."""
+"""From a recipe to a ready trainer; the test data is opened here."""
 
 import datetime
-import re
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-from importlib.metadata import requires as requires_of
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from torch import nn
 
 from vestige.core import seeding
-from vestige.core.protocols import DataSet, Plugin, Source, Task, Teacher
-from vestige.core.types import Access, InputSpec, Requires, count_parameters
-from vestige.errors import (
-    AccessError,
-    DataError,
-    MissingExtraError,
-    NoBatchNormError,
-    RecipeError,
-    TeacherError,
-)
-from vestige.models.factory import build_generator, build_model
-from vestige.models.probes import batchnorm_layers
+from vestige.core.protocols import JudgesInDetail, Plugin, Source, Task, Teacher
+from vestige.core.types import Requires, count_parameters
+from vestige.errors import RecipeError
 from vestige.recipes.catalog import DATA, METHODS, PLUGINS, TASKS
-from vestige.recipes.schema import ModelConfig, Recipe, SourceConfig, explain
-from vestige.recipes.teacher import teacher_from_recipe
-from vestige.sources.generator import GeneratorSource
-from vestige.sources.images import TensorSource
-from vestige.sources.noise import NoiseSource
-from vestige.teachers.black_box import BlackBoxTeacher
-from vestige.teachers.loading import (
-    WEIGHTS_FOLDER,
-    builtin_card,
-    fingerprint,
-    load_from_card,
-    load_teacher,
-)
-from vestige.teachers.white_box import WhiteBoxTeacher
+from vestige.recipes.examples import fit_classes
+from vestige.recipes.requirements import check_requirements
+from vestige.recipes.resolve import resolve_teachers, shown
+from vestige.recipes.schema import Recipe, explain
+from vestige.recipes.settle import settled
+from vestige.recipes.sources import build_source, record_of
+from vestige.recipes.student import build_student, input_card, network_card
+from vestige.teachers.loading import fingerprint
 from vestige.training import guard, runtime
+from vestige.training.inspection import notices
 from vestige.training.summary import RealData, RunFacts
 from vestige.training.tracking import Callback
 from vestige.training.trainer import Trainer
 
-MADE_UP = ("noise", "generator", "synthetic")
-
-
-@dataclass(frozen=True)
-class LoadedTeacher:
-    """A teacher with what its card says, or the recipe where it has none."""
-
-    module: nn.Module
-    spec: InputSpec
-    num_classes: int
-    classes: tuple[str, ...] = ()
-    trained_on: str = ""
+# What a resumed run may have otherwise, beside what stands in its identity in another form.
+_CHANGEABLE = {"trainer", "query_budget", "arms", "shared", "config"}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is ready to start."""
+    """A run that is ready to start; `details` is asked about its result for `evaluation.json`."""
 
     trainer: Trainer
     task: Task
     facts: RunFacts
     classes: tuple[str, ...]
     student: nn.Module | None
+    details: Callable[[nn.Module], Mapping[str, Any]] | None = None
 
 
 def build(
@@ -98,7 +70,7 @@ def build(
     loaded = resolve_teachers(recipe)
     first = loaded[0]
     spec = first.spec
-    teachers = [_shown(one.module.to(device), recipe) for one in loaded]
+    teachers = [shown(one.module.to(device), recipe) for one in loaded]
     task = TASKS.get(recipe.task)(spec, recipe.num_classes or first.num_classes)
     student = None
     if recipe.student is not None:
@@ -108,20 +80,19 @@ def build(
         name: build_source(config, spec, recipe.seed, device, read, arm or recipe.method)
         for name, config in recipe.sources.items()
     }
-    evaluate, teacher_score = None, None
+    evaluate, teacher_score, details = None, None, None
     classes = first.classes
     if recipe.data is not None:
         test = DATA.get(spec.kind).open(recipe.data, "test")
-        if test.classes and len(test.classes) != task.num_classes:
-            raise DataError(
-                f"got {len(test.classes)} classes in {test.name}, expected {task.num_classes} as "
-                "the student has; judge it on data of its own classes"
-            )
-        classes = classes or test.classes
-        read.append(_record(test, "real", "evaluation", "evaluation"))
-        evaluate = _evaluation(task, test.examples(spec))
+        # Several teachers may know different classes.
+        known = classes if len(classes) == task.num_classes else ()
+        examples, classes = fit_classes(test, spec, known, task.num_classes)
+        read.append(record_of(test, "real", "evaluation", "evaluation"))
+        evaluate = _evaluation(task, examples)
+        details = in_detail(task, first.module if len(loaded) == 1 else None, examples)
         # Not through the teacher object, which counts what the method asks of it.
         teacher_score = evaluate(first.module)[task.metric]
+    recipe = settled(recipe, task, teachers, student)
     plugins = build_plugins(
         {plugin.name: plugin.config for plugin in recipe.plugins},
         METHODS.get(recipe.method),
@@ -144,11 +115,13 @@ def build(
         seed=recipe.seed,
         config=recipe.trainer,
         identity={
-            **recipe.model_dump(mode="json", exclude={"trainer", "arms", "shared", "config"}),
+            **recipe.model_dump(mode="json", exclude=_CHANGEABLE),
             "config": recipe.method_config().model_dump(mode="json"),
             "teacher_fingerprint": weights,
         },
         callbacks=callbacks,
+        # Evaluation inputs are not looked at: they were made from images by this very spec.
+        noticed=notices([one.module for one in loaded], task, score=teacher_score),
     )
     facts = RunFacts(
         method=recipe.method,
@@ -161,7 +134,7 @@ def build(
         seed=recipe.seed,
         recipe_yaml=recipe.to_yaml(),
         student_card={
-            **_network_card(recipe.student),
+            **network_card(recipe.student),
             "input": input_card(spec),
             "num_classes": task.num_classes,
             "classes": list(classes),
@@ -170,149 +143,24 @@ def build(
         variant=variant_of(method),
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    return Job(trainer, task, facts, classes, student)
-
-
-def resolve_teachers(recipe: Recipe) -> list[LoadedTeacher]:
-    """The recipe's teachers; all of them take the same inputs."""
-    loaded = []
-    for index, teacher in enumerate((recipe.teacher, *recipe.more_teachers)):
-        # A factory may draw; a resumed run must find the same teacher.
-        with seeding.seeded(recipe.seed, f"teacher {index}"):
-            loaded.append(resolve_teacher(teacher, recipe))
-    for index, one in enumerate(loaded[1:]):
-        if one.spec != loaded[0].spec:
-            raise RecipeError(
-                f"more_teachers.{index}: takes {one.spec}, expected {loaded[0].spec} as the first"
-            )
-    return loaded
-
-
-def resolve_teacher(teacher: str | Mapping[str, Any], recipe: Recipe) -> LoadedTeacher:
-    """One teacher; what its card says must not contradict the recipe."""
-    given = None if recipe.input is None else recipe.input.spec()
-    alone = not recipe.more_teachers
-    if isinstance(teacher, str) and teacher.startswith(("builtin:", "recipe:")):
-        scheme, _, name = teacher.partition(":")
-        if scheme == "builtin":
-            card = builtin_card(name)
-            module = load_from_card(card, WEIGHTS_FOLDER / f"{name}.safetensors")
-        else:
-            module, card = teacher_from_recipe(name)
-        spec = card.input.spec()
-        if given is not None and given != spec:
-            raise RecipeError(
-                f"input: got {given}, expected {spec} as {teacher} was trained; leave 'input' out"
-            )
-        # Several teachers may know different classes; `num_classes` is then the student's.
-        if alone and recipe.num_classes not in (None, card.num_classes):
-            raise RecipeError(
-                f"num_classes: got {recipe.num_classes}, expected {card.num_classes} as {teacher} "
-                "has; leave it out"
-            )
-        trained_on = f"{card.data}/train, {card.train_fingerprint[:12]}"
-        return LoadedTeacher(module, spec, card.num_classes, card.classes, trained_on)
-    own = dict(teacher) if isinstance(teacher, Mapping) else {}
-    count = own.pop("num_classes", recipe.num_classes)
-    if given is None or count is None:
-        raise RecipeError(
-            "input and num_classes: a teacher without a card needs both in the recipe; add them"
-        )
-    module = load_teacher(own or teacher, input_spec=given, num_classes=count)
-    return LoadedTeacher(module, given, count)
-
-
-def _shown(module: nn.Module, recipe: Recipe) -> Teacher:
-    """The teacher as far as the recipe's access level shows it."""
-    if recipe.access is Access.WHITE_BOX:
-        return WhiteBoxTeacher(module)
-    return BlackBoxTeacher(module, access=recipe.access, budget=recipe.query_budget)
-
-
-def _network_card(config: ModelConfig | None) -> dict[str, Any]:
-    """What `load_teacher` reads again, so that a student can teach."""
-    if config is None:
-        return {}
-    kind = {"factory": config.factory} if config.name is None else {"model": config.name}
-    return {**kind, "args": config.args}
-
-
-def input_card(spec: InputSpec) -> dict[str, Any]:
-    """What `InputConfig` reads again."""
-    sizes = dict(zip(("channels", "height", "width"), spec.shape, strict=False))
-    shape = sizes if spec.kind == "image" else {"kind": spec.kind, "shape": list(spec.shape)}
-    return {**shape, "mean": list(spec.mean), "std": list(spec.std)}
-
-
-def build_student(config: ModelConfig, spec: InputSpec, num_classes: int, seed: int) -> nn.Module:
-    """A fresh student; the same seed gives the same weights in every arm."""
-    with seeding.seeded(seed, "student"):
-        if config.name is not None:
-            return build_model(config.name, spec, num_classes, **config.args)
-        made = _call("student.factory", str(config.factory), config.args)
-    if not isinstance(made, nn.Module):
-        raise RecipeError(
-            f"student.factory: {config.factory!r} made a {type(made).__name__}, expected a "
-            "torch.nn.Module"
-        )
-    return made
-
-
-def _call(key: str, factory: str, args: Mapping[str, Any]) -> Any:
-    """What the user's own "package.module:callable" makes."""
-    where, _, attribute = factory.partition(":")
-    try:
-        return getattr(import_module(where), attribute)(**args)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise RecipeError(
-            f"{key}: got {factory!r}, expected 'package.module:callable' that takes "
-            f"{sorted(args) or 'no arguments'}; {error}"
-        ) from error
-
-
-def build_source(
-    config: SourceConfig,
-    spec: InputSpec,
-    seed: int,
-    device: torch.device,
-    read: list[RealData],
-    reader: str,
-) -> Source:
-    """A source; what it reads is added to `read`."""
-    if config.kind == "noise":
-        return NoiseSource(spec, distribution=config.distribution)
-    if config.kind == "untrained-generator":
-        with seeding.seeded(seed, "generator"):
-            generator = build_generator(
-                config.generator, spec, latent_dim=config.latent_dim, width=config.generator_width
-            )
-        return GeneratorSource(generator.to(device))
-    if config.kind == "factory":
-        made: Source = _call("sources", str(config.factory), {"spec": spec, **config.args})
-        if made.origin not in MADE_UP:
-            count = len(made) if isinstance(made, Sized) else 0
-            read.append(RealData(made.name, made.origin, reader, "distillation", count, ""))
-        return made
-    found = DATA.get(spec.kind).open(str(config.data), config.split)
-    read.append(_record(found, config.origin, reader, "distillation"))
-    inputs = found.inputs(spec).to(device)
-    return TensorSource(inputs, origin=config.origin, name=found.name)
+    return Job(trainer, task, facts, classes, student, details)
 
 
 def build_plugins(
-    chosen: Mapping[str, Mapping[str, object]],
+    chosen: Mapping[str | type, Mapping[str, object]],
     method: type[object],
     task: Task,
     teachers: Sequence[Teacher],
 ) -> dict[str, Plugin]:
     """Plug-ins by name, outermost first, after their requirements were checked."""
     requires: Requires = getattr(method, "requires", Requires())
-    closed = [name for name in chosen if {name, "*"} & set(requires.closed_to)]
+    names = {plugin: PLUGINS.name_of(plugin) for plugin in chosen}
+    closed = [name for name in names.values() if {name, "*"} & set(requires.closed_to)]
     if closed:
         raise RecipeError(f"{method.__name__} is closed to the plug-ins {closed}; leave them out")
-    made = {}
-    for name, config in chosen.items():
-        plugin = PLUGINS.get(name)
+    made: dict[str, Plugin] = {}
+    for named, config in chosen.items():
+        plugin, name = PLUGINS.get(named), names[named]
         check_requirements(name, plugin.requires, task, teachers, {})
         try:
             settings = plugin.Config.model_validate(dict(config))
@@ -324,7 +172,7 @@ def build_plugins(
 
 
 def build_method(
-    name: str,
+    chosen: str | type,
     config: object,
     task: Task,
     teachers: Sequence[Teacher],
@@ -333,7 +181,7 @@ def build_method(
     seed: int,
 ) -> Any:
     """The method, after its requirements were checked; it may not open a file meanwhile."""
-    method = METHODS.get(name)
+    method, name = METHODS.get(chosen), METHODS.name_of(chosen)
     check_requirements(name, method.requires, task, teachers, sources)
     allowed = tuple(path for source in sources.values() for path in source.paths)
     with seeding.seeded(seed, "generator"), guard.watching(name, allowed):
@@ -346,63 +194,6 @@ def variant_of(method: Any) -> str:
     return str(said()) if callable(said) else ""
 
 
-def check_requirements(
-    name: str,
-    requires: Requires,
-    task: Task,
-    teachers: Sequence[Teacher],
-    sources: Mapping[str, Source],
-) -> None:
-    """Refuse what cannot work before anything is drawn.
-
-    Raises:
-        TeacherError: too few or too many teachers, or not enough access to one.
-        NoBatchNormError: BatchNorm statistics are needed and a teacher has none.
-        RecipeError: a source is missing, or the task is of another kind.
-        MissingExtraError: an optional package is not installed.
-    """
-    if task.kind not in requires.tasks:
-        raise RecipeError(
-            f"{name!r} serves {', '.join(requires.tasks)}, got the task {task.kind!r}; take another"
-        )
-    for extra in requires.extras:
-        _check_extra(name, extra)
-    low, high = requires.teachers
-    if not low <= len(teachers) <= high:
-        raise TeacherError(f"{name!r} takes {low} to {high} teachers, got {len(teachers)}")
-    for teacher in teachers:
-        if not teacher.access.covers(requires.access):
-            raise AccessError(
-                f"{name!r} needs {requires.access} access, the teacher offers {teacher.access}; "
-                "take a method that needs less (vestige list methods)"
-            )
-        layers = batchnorm_layers(teacher) if isinstance(teacher, nn.Module) else {}
-        if requires.batchnorm and not layers:
-            raise NoBatchNormError(
-                f"{name!r} needs BatchNorm statistics, but the teacher has 0 BatchNorm layers; "
-                "take a method that needs none (vestige list methods --without batchnorm)"
-            )
-    missing = [source for source in requires.sources if source not in sources]
-    if missing:
-        raise RecipeError(f"{name!r} needs the sources {missing}; hand them in")
-
-
-def _check_extra(name: str, extra: str) -> None:
-    """Whether every package of one of the project's extras is installed."""
-    mark = re.compile(f"""extra == ['"]{re.escape(extra)}['"]""")
-    needed = [line for line in requires_of("vestige") or [] if mark.search(line)]
-    packages = [re.split(r"[\s\[<>=!~;(]", line, maxsplit=1)[0] for line in needed]
-    for package in packages:
-        try:
-            version(package)
-        except PackageNotFoundError as error:
-            raise MissingExtraError(
-                f"{name!r} needs {package}, which is not installed; pip install 'vestige[{extra}]'"
-            ) from error
-    if not packages:
-        raise RecipeError(f"{name!r} asks for the extra {extra!r}, which vestige does not have")
-
-
 def _evaluation(task: Task, examples: Any) -> Callable[[nn.Module], Mapping[str, float]]:
     def evaluate(model: nn.Module) -> Mapping[str, float]:
         return task.evaluate(model, examples)
@@ -410,7 +201,11 @@ def _evaluation(task: Task, examples: Any) -> Callable[[nn.Module], Mapping[str,
     return evaluate
 
 
-def _record(found: DataSet, origin: str, by: str, purpose: str) -> RealData:
-    return RealData(
-        f"{found.name}/{found.split}", origin, by, purpose, len(found), found.fingerprint
-    )
+def in_detail(
+    task: Task, teacher: nn.Module | None, examples: Any
+) -> Callable[[nn.Module], Mapping[str, Any]] | None:
+    """What asks `task` for details about a student beside `teacher`; None if it offers none."""
+    if not isinstance(task, JudgesInDetail):
+        return None
+    judge = task
+    return lambda student: judge.details(student, teacher, examples)

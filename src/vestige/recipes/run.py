@@ -1,26 +1,44 @@
 """Run a recipe, alone or with all of its arms, and leave a run folder."""
 
 import json
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vestige.errors import RecipeError
+from vestige.core import parallel
+from vestige.errors import CheckpointError, Interrupted, RecipeError
 from vestige.recipes.build import Job, build
 from vestige.recipes.schema import Recipe, read_yaml
-from vestige.training.files import LOCK, locked, write_json, write_text
+from vestige.training.files import (
+    LOCK,
+    locked,
+    read_json,
+    write_bytes,
+    write_json,
+    write_text,
+)
+from vestige.training.outcome import Outcome
 from vestige.training.report import write_report
 from vestige.training.summary import (
     RunFacts,
     summarize,
+    write_details,
     write_samples,
+    write_samples_over_time,
     write_start,
     write_student,
 )
 from vestige.training.tracking import Callback, Event
-from vestige.training.trainer import Outcome, Trainer
+from vestige.training.trainer import Trainer
 
+_OF_THE_HEADLINE = (
+    *("student.safetensors", "student.json", "samples.png", "samples-over-time.png"),
+    *("evaluation.json", "metrics.jsonl"),
+)
+logger = logging.getLogger(__name__)
 CallbackFor = Callable[[str], Sequence[Callback]]
 
 
@@ -33,8 +51,11 @@ def run_recipe(
     command: str = "",
     arm: str = "",
     report: bool = True,
+    built: Callable[[Job], None] = lambda job: None,
 ) -> dict[str, Any]:
     """The recipe's main run.
+
+    A run that was finished is not repeated: `resume` then writes its report again.
 
     Args:
         recipe: validated.
@@ -44,13 +65,23 @@ def run_recipe(
         command: for the run record.
         arm: name of the arm, for the run record.
         report: whether to write report.html.
+        built: called with what was built before it runs.
 
     Returns:
         The contents of summary.json.
     """
-    check_folder(out, resume=resume)
+    parallel.first(partial(check_folder, out, resume=resume))
     check_same(recipe, out)
     job = build(recipe, out=out, callbacks=callbacks, command=command, arm=arm)
+    whole = parallel.first(partial(_whole, job, out)) if resume else None
+    if whole is not None:
+        if report:
+            with _locked(out):
+                parallel.first(partial(_write_report, out))
+        return whole
+    if resume and (out / "run.json").is_file() and not has_checkpoint(out):
+        logger.warning("%s holds no checkpoint to go on from; the run starts anew", out)
+    built(job)
     return run_job(job, out, resume=resume, report=report)[1]
 
 
@@ -58,16 +89,80 @@ def run_job(
     job: Job, out: Path | None, *, resume: bool = False, report: bool = True
 ) -> tuple[Outcome, dict[str, Any]]:
     """Run what was built and leave its folder; None leaves nothing."""
-    with locked(out):
+    with _locked(out), job.trainer.trackers:
         if out is not None:
-            # Again: another process may have run here since the job was built.
-            check_folder(out, resume=resume)
+            # Again: another run may have begun here since the job was built.
+            parallel.first(partial(check_folder, out, resume=resume))
             record_start(job.trainer, out, job.facts)
         outcome = job.trainer.run(resume=resume)
-        summary = finish(job, outcome, out)
+        try:
+            summary = parallel.first(partial(finish, job, outcome, out))
+        except KeyboardInterrupt as error:
+            raise Interrupted(
+                "stopped while the result was written; --resume goes on from the last checkpoint"
+            ) from error
+        job.trainer.trackers.summary(summary)
         if out is not None and report:
-            write_report([out], out / "report.html")
+            parallel.first(partial(_write_report, out))
     return outcome, summary
+
+
+@contextmanager
+def _locked(out: Path | None) -> Iterator[None]:
+    """`locked` by the first of several processes for all of them."""
+    with ExitStack() as stack:
+
+        def take() -> None:
+            stack.enter_context(locked(out))
+
+        parallel.first(take)
+        yield
+
+
+def has_checkpoint(out: Path) -> bool:
+    """Whether a run in `out` left anything to go on from."""
+    return any((out / "checkpoints").glob("*.safetensors"))
+
+
+def _whole(job: Job, out: Path) -> dict[str, Any] | None:
+    """The summary of the run in `out` if it was finished; a budget may have stopped it before.
+
+    Raises:
+        CheckpointError: it was a run with another teacher.
+    """
+    summary, record = read_json(out / "summary.json"), read_json(out / "run.json")
+    if summary is None or record is None or not _is_whole(summary):
+        return None
+    if not isinstance(record.get("teacher_fingerprint"), str):
+        return None
+    if record.get("teacher_fingerprint") != job.facts.teacher_fingerprint:
+        raise CheckpointError(
+            f"the run in {out} was started with other settings (teacher_fingerprint); resume with "
+            "the teacher that it was started with, or start in a new folder"
+        )
+    return dict(summary)
+
+
+def _is_whole(summary: Mapping[str, Any]) -> bool:
+    """Whether a summary is one of ours, and of a run that came to its end."""
+    kinds = {"student": dict | None, "real_data": list, "diagnosis": list, "seconds": int | float}
+    fits = all(isinstance(summary.get(key, ...), kind) for key, kind in kinds.items())
+    return fits and summary.get("complete") is True and "images_made" in summary
+
+
+def _write_report(out: Path) -> None:
+    """Write the page; whatever stops it now, the run is whole.
+
+    Raises:
+        Interrupted: Ctrl-C.
+    """
+    try:
+        write_report([out], out / "report.html")
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            f"stopped while the report was written; the run in {out} is whole, and --resume writes "
+            "its report"
+        ) from error
 
 
 def finish(job: Job, outcome: Outcome, out: Path | None) -> dict[str, Any]:
@@ -79,7 +174,10 @@ def finish(job: Job, outcome: Outcome, out: Path | None) -> dict[str, Any]:
         return summary
     if trained is not None:
         write_student(out, trained, job.facts.student_card)
+        if job.details is not None:
+            write_details(out, job.details(trained), outcome, job.task, job.classes)
     write_samples(out, outcome, job.task, job.classes)
+    write_samples_over_time(out, outcome, job.classes)
     write_json(out / "summary.json", summary)
     return summary
 
@@ -91,26 +189,42 @@ def run_arms(
     resume: bool = False,
     callbacks: CallbackFor = lambda arm: (),
     command: str = "",
+    note: str = "",
+    built: Callable[[Job], None] = lambda job: None,
 ) -> dict[str, Any]:
     """All arms of a recipe, each in a folder of its own, and one summary and report about them.
 
     The headline arm's student, samples and figures are the ones of the whole.
+
+    Args:
+        recipe: with arms and a headline.
+        out: folder of the whole; each arm's is `arms/NAME` in it.
+        resume: go on where an earlier run in `out` stopped.
+        callbacks: by the name of an arm, what is called with its events.
+        command: for the run record.
+        note: what the arms have in common, for the page.
+        built: called with what was built of each arm before it runs.
+
+    Returns:
+        The contents of summary.json.
+
+    Raises:
+        RecipeError: there are no arms, or the folder holds something else.
     """
     if not recipe.arms or recipe.headline is None:
         raise RecipeError("the recipe has no arms or names no headline arm; run it without arms")
-    check_folder(out, resume=resume)
+    parallel.first(partial(check_folder, out, resume=resume))
     for name in recipe.arms:
         check_same(recipe.arm(name), out / "arms" / name)
-    write_text(out / "recipe.yaml", recipe.to_yaml())
+    parallel.first(partial(write_text, out / "recipe.yaml", recipe.to_yaml()))
     summaries = {}
     for name in recipe.arms:
         folder = out / "arms" / name
-        done = folder / "summary.json"
-        if resume and done.is_file():
-            summaries[name] = json.loads(done.read_text(encoding="utf8"))
-            # One that a budget stopped goes on.
-            if summaries[name]["complete"]:
-                continue
+        done = read_json(folder / "summary.json") if resume else None
+        # One that a budget stopped goes on; one whose record is damaged gets it again.
+        if done is not None and _is_whole(done) and read_json(folder / "run.json") is not None:
+            summaries[name] = done
+            continue
         summaries[name] = run_recipe(
             recipe.arm(name),
             folder,
@@ -119,9 +233,10 @@ def run_arms(
             command=command,
             arm=name,
             report=False,
+            built=built,
         )
     _check_teachers(out, list(recipe.arms))
-    return _gather(recipe, out, summaries)
+    return parallel.first(partial(_gather, recipe, out, summaries, note))
 
 
 def check_folder(out: Path, *, resume: bool) -> None:
@@ -141,7 +256,7 @@ def check_folder(out: Path, *, resume: bool) -> None:
 def check_same(recipe: Recipe, out: Path) -> None:
     """Refuse to go on with the run of another recipe.
 
-    How a run is driven may change, for example to give it more time.
+    How a run is driven may change, for example to give it more time or more queries.
 
     Raises:
         RecipeError: `out` holds a recipe with other settings; they are named.
@@ -149,11 +264,22 @@ def check_same(recipe: Recipe, out: Path) -> None:
     path = out / "recipe.yaml"
     if not path.is_file():
         return
-    now, then = _flat(recipe.model_dump(mode="json")), _flat(read_yaml(path))
+    asked, found = recipe.model_dump(mode="json"), read_yaml(path)
+    # The folder holds every setting, what was suggested included; compared is what is given now.
+    # That the others are the same is checked against the checkpoint.
+    given = {**recipe.shared, **recipe.config}
+    settings = recipe.method_config().model_dump(mode="json")
+    asked["config"] = {key: settings[key] for key in given}
+    kept = found.get("config")
+    if not isinstance(kept, Mapping):
+        kept = {}
+    found["config"] = {key: kept[key] for key in kept if key in given}
+    now, then = _flat(asked), _flat(found)
     changed = sorted(
         key
         for key in {*now, *then}
-        if now.get(key) != then.get(key) and key.partition(".")[0] != "trainer"
+        if now.get(key) != then.get(key)
+        and key.partition(".")[0] not in ("trainer", "query_budget")
     )
     if changed:
         raise RecipeError(
@@ -210,18 +336,17 @@ def arm_details(recipe: Recipe, summaries: dict[str, dict[str, Any]]) -> list[di
 
 def _check_teachers(out: Path, arms: Sequence[str]) -> None:
     """Refuse to compare arms whose teachers differ, for example after weights were replaced."""
-    records = {
-        arm: json.loads((out / "arms" / arm / "run.json").read_text(encoding="utf8"))
-        for arm in arms
-    }
-    found = {arm: record["teacher_fingerprint"] for arm, record in records.items()}
+    records = {arm: read_json(out / "arms" / arm / "run.json") or {} for arm in arms}
+    found = {arm: str(record.get("teacher_fingerprint")) for arm, record in records.items()}
     if len(set(found.values())) > 1:
         raise RecipeError(
             f"the arms in {out} had different teachers ({found}); run all of them in a new folder"
         )
 
 
-def _gather(recipe: Recipe, out: Path, summaries: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _gather(
+    recipe: Recipe, out: Path, summaries: dict[str, dict[str, Any]], note: str
+) -> dict[str, Any]:
     chosen = out / "arms" / str(recipe.headline)
     rows = arm_details(recipe, summaries)
     summary = {
@@ -231,11 +356,12 @@ def _gather(recipe: Recipe, out: Path, summaries: dict[str, dict[str, Any]]) -> 
         "headline": recipe.headline,
         "seconds_all_arms": round(sum(row["seconds"] for row in rows), 2),
         "complete": all(summary["complete"] for summary in summaries.values()),
+        **({"note": note} if note else {}),
     }
-    for file in ("student.safetensors", "student.json", "samples.png", "metrics.jsonl"):
+    for file in _OF_THE_HEADLINE:
         if (chosen / file).is_file():
-            shutil.copyfile(chosen / file, out / file)
-    record = json.loads((chosen / "run.json").read_text(encoding="utf8"))
+            write_bytes(out / file, (chosen / file).read_bytes())
+    record = read_json(chosen / "run.json") or {}
     seen = {
         json.dumps(item, sort_keys=True): item
         for s in summaries.values()
@@ -243,7 +369,7 @@ def _gather(recipe: Recipe, out: Path, summaries: dict[str, dict[str, Any]]) -> 
     }
     write_json(out / "run.json", {**record, "real_data": list(seen.values())})
     write_json(out / "summary.json", summary)
-    write_report([out], out / "report.html")
+    _write_report(out)
     return summary
 
 

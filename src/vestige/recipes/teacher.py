@@ -3,21 +3,27 @@
 import difflib
 import json
 import logging
+import math
 import os
+import shutil
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor, nn
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import nn
 
+from vestige.core import parallel
 from vestige.core.seeding import seeded
-from vestige.core.types import InputSpec, count_parameters
-from vestige.data.image import ImageSet, load_images, to_inputs
-from vestige.errors import RecipeError, TeacherError
+from vestige.core.types import count_parameters
+from vestige.data.image import load_images
+from vestige.errors import CheckpointError, Interrupted, RecipeError, TeacherError
 from vestige.models.factory import build_model
+from vestige.recipes.examples import fit_classes
 from vestige.tasks.classification import Classification
 from vestige.teachers.loading import (
     WEIGHTS_FOLDER,
@@ -29,13 +35,25 @@ from vestige.teachers.loading import (
     read_card,
 )
 from vestige.training import runtime
-from vestige.training.files import sha256, tensors_to_bytes, write_bytes, write_text
+from vestige.training.checkpoint import CheckpointStore
+from vestige.training.files import locked, sha256, tensors_to_bytes, write_bytes, write_text
+from vestige.training.interrupts import interruptible
 from vestige.training.supervised import train_classifier
 
 logger = logging.getLogger(__name__)
 
 RECIPES_FOLDER = Path(__file__).parent / "teachers"
 KEEP_DIGITS = 6
+
+_LATER_KEYS = (
+    "flip",
+    "label_smoothing",
+    "optimizer",
+    "momentum",
+    "nesterov",
+    "precision",
+    "channels_last",
+)
 
 Trained = tuple[nn.Module, BuiltinCard]
 
@@ -59,6 +77,21 @@ class TrainingConfig(_Part):
     lr: float = Field(default=3e-3, gt=0)
     weight_decay: float = Field(default=1e-2, ge=0)
     shift: int = Field(default=0, ge=0)
+    flip: bool = False
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    nesterov: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = False
+
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
+        if self.optimizer == "adamw" and {"momentum", "nesterov"} & self.model_fields_set:
+            raise ValueError("momentum and nesterov belong to optimizer: sgd; leave them out")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs momentum above 0")
+        return self
 
 
 class TeacherRecipe(_Part):
@@ -66,12 +99,17 @@ class TeacherRecipe(_Part):
 
     Attributes:
         name: of the teacher and its files; the name of the recipe file unless given.
-        data: set of images for `data.image.load_images`; trained on its split "train".
+        data: name or folder of a set of images, see `data.image.load_images`; trained on its split
+            "train".
         input: what one input looks like; images are resized to it.
         num_classes: K; must be the number of classes of the data.
         model: which network.
         training: how it is trained.
         seed: of the first weights and of everything random in training.
+        device: "cpu", on which a recipe gives the same weights again, "auto", which takes a GPU if
+            there is one, "cuda" or "cuda:1".
+        with_select: whether to train on the split "select", too. Only for settings that are not
+            chosen on it.
         threads: CPU threads while training and measuring. They fix the order in which sums are
             formed: with a number here, machines that differ only in their cores make the same
             file. None leaves torch's setting; more are faster for large networks and slower for
@@ -85,11 +123,22 @@ class TeacherRecipe(_Part):
     model: ModelChoice
     training: TrainingConfig
     seed: int = Field(default=0, ge=0)
+    device: str = "cpu"
+    with_select: bool = False
     threads: int | None = Field(default=None, ge=1)
 
     def sha256(self) -> str:
         """Digest of the values; comments and the order of keys do not matter."""
-        return sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode())
+        values = self.model_dump(mode="json")
+        # Keys that came later count where they are used, so that earlier cards stay valid.
+        for part, model, keys in (
+            (values, type(self), ("device", "with_select")),
+            (values["training"], TrainingConfig, _LATER_KEYS),
+        ):
+            for key in keys:
+                if part[key] == model.model_fields[key].default:
+                    del part[key]
+        return sha256(json.dumps(values, sort_keys=True).encode())
 
 
 def teacher_recipes() -> list[str]:
@@ -137,52 +186,98 @@ def train_teacher(
     out_dir: Path | None,
     *,
     on_epoch: Callable[[int, float], None] | None = None,
+    resume: bool = False,
+    minutes: float | None = None,
 ) -> Trained:
-    """Train a teacher on the split "train" and measure it on "test", after the last epoch.
+    """Train a teacher and measure it on the split "test", after the last epoch.
 
     Same recipe, same machine, same versions and, unless the recipe fixes it, same number of
-    threads: the same files, byte for byte.
+    threads: on a CPU the same files, byte for byte, also if it was stopped and went on.
 
     Args:
         recipe: how.
         out_dir: where NAME.safetensors and NAME.json go, each written whole or not at all, the
-            card last; None writes nothing.
+            card last; until then checkpoints are in NAME.training. None writes nothing.
         on_epoch: called after each epoch with its number from 1 and its mean loss.
+        resume: go on after the last epoch of an earlier call with the same `out_dir`; a teacher
+            that is finished is returned as it is.
+        minutes: stop before an epoch that would not end in this time; at least one is trained.
 
     Returns:
-        The trained network in eval mode, and its card.
+        The trained network in eval mode, on the CPU, and its card.
 
     Raises:
         DataError: the data set is missing or not in the documented layout.
-        RecipeError: `num_classes` is not the data's number of classes.
+        RecipeError: `num_classes` is not the data's number of classes, or the device is missing.
+        CheckpointError: what is to be resumed was made by another recipe.
+        Interrupted: Ctrl-C, SIGTERM or `minutes`; can be resumed if there is an `out_dir`.
     """
+    weights = None if out_dir is None else out_dir / f"{recipe.name}.safetensors"
+    with locked(None if weights is None else weights.with_suffix(".training")):
+        if resume and weights is not None and weights.with_suffix(".json").is_file():
+            return _finished(recipe, weights)
+        store = None if weights is None else _store(recipe, weights, resume=resume)
+        module, card = _train(recipe, store, on_epoch, minutes)
+        if weights is not None:
+            _save(module, card, weights)
+    if weights is not None:
+        shutil.rmtree(weights.with_suffix(".training"), ignore_errors=True)
+    return module, card
+
+
+def _train(
+    recipe: TeacherRecipe,
+    store: CheckpointStore | None,
+    on_epoch: Callable[[int, float], None] | None,
+    minutes: float | None,
+) -> Trained:
     spec = recipe.input.spec()
-    train, test = (load_images(recipe.data, split) for split in ("train", "test"))
-    if len(train.classes) != recipe.num_classes:
+    splits = ("train", "select") if recipe.with_select else ("train",)
+    parts = [load_images(recipe.data, split) for split in splits]
+    train, test = parts[0], load_images(recipe.data, "test")
+    # Without names only the labels tell, and they need not show every class.
+    named = len(train.classes)
+    least = named or int(train.labels.max()) + 1
+    if recipe.num_classes < least or recipe.num_classes > named > 0:
         raise RecipeError(
             f"got num_classes={recipe.num_classes} in teacher recipe '{recipe.name}', expected "
-            f"{len(train.classes)} as in data set '{recipe.data}'; correct the recipe"
+            f"{least} as in data set '{recipe.data}'; correct the recipe"
         )
+    device = runtime.device(recipe.device)
     with seeded(recipe.seed, "teacher"):
         module = build_model(recipe.model.name, spec, recipe.num_classes, **recipe.model.args)
-    with runtime.threads(recipe.threads):
-        train_classifier(
+    module.to(device)
+    pace = _Pace(recipe.training.epochs, minutes, on_epoch, kept=store is not None)
+    fitted = partial(fit_classes, spec=spec, classes=train.classes, num_classes=recipe.num_classes)
+    inputs, labels = zip(*(fitted(part)[0] for part in parts), strict=True)
+    with interruptible(pace.interrupted, lambda: False), runtime.threads(recipe.threads):
+        done = train_classifier(
             module,
-            *_tensors(train, spec),
+            torch.cat(inputs).to(device),
+            torch.cat(labels).to(device),
             **recipe.training.model_dump(),
             seed=recipe.seed,
-            on_epoch=on_epoch,
+            on_epoch=pace,
+            store=store,
+            go_on=pace.go_on,
         )
-        scores = Classification(spec, recipe.num_classes).evaluate(module, _tensors(test, spec))
+        if not done:
+            raise pace.interrupted(f"the {minutes:g} minutes are spent, ")
+        # Scored where it is used and compared: other devices round differently.
+        module.cpu()
+        judged, classes = fitted(test)
+        scores = Classification(spec, recipe.num_classes).evaluate(module, judged)
+    fingerprints = [part.fingerprint for part in parts]
+    joined = fingerprints[0] if len(parts) == 1 else sha256("".join(fingerprints).encode())
     card = BuiltinCard(
         name=recipe.name,
         model=recipe.model.name,
         args=recipe.model.args,
         input=recipe.input,
         num_classes=recipe.num_classes,
-        classes=train.classes,
+        classes=classes,
         data=recipe.data,
-        train_fingerprint=train.fingerprint,
+        train_fingerprint=joined,
         test_fingerprint=test.fingerprint,
         recipe_sha256=recipe.sha256(),
         weights_fingerprint=fingerprint(module),
@@ -190,9 +285,72 @@ def train_teacher(
         accuracy=round(scores["accuracy"], KEEP_DIGITS),
         torch=torch.__version__,
     )
-    if out_dir is not None:
-        _save(module, card, out_dir / f"{recipe.name}.safetensors")
     return module, card
+
+
+class _Pace:
+    """Follows the epochs of one call, and ends it in time."""
+
+    def __init__(
+        self,
+        epochs: int,
+        minutes: float | None,
+        on_epoch: Callable[[int, float], None] | None,
+        *,
+        kept: bool,
+    ) -> None:
+        self.epochs = epochs
+        self.done = 0
+        self._kept = kept
+        self._on_epoch = on_epoch
+        self._started = self._last = time.monotonic()
+        self._longest = 0.0
+        self._seconds = math.inf if minutes is None else 60 * minutes
+
+    def __call__(self, epoch: int, loss: float) -> None:
+        now = time.monotonic()
+        self._longest, self._last, self.done = max(self._longest, now - self._last), now, epoch
+        if self._on_epoch is not None:
+            self._on_epoch(epoch, loss)
+
+    def go_on(self) -> bool:
+        """Whether an epoch as long as the longest would still end in time."""
+        return time.monotonic() - self._started + self._longest <= self._seconds
+
+    def interrupted(self, why: str = "") -> Interrupted:
+        """What is raised when training stops before its end."""
+        if not self._kept:
+            return Interrupted(f"{why}stopped; nothing was kept, because there is no folder")
+        return Interrupted(
+            f"{why}stopped after epoch {self.done} of {self.epochs}; --resume goes on from there"
+            if self.done
+            else f"{why}stopped before an epoch was done; --resume goes on"
+        )
+
+
+def _store(recipe: TeacherRecipe, weights: Path, *, resume: bool) -> CheckpointStore:
+    """The checkpoints of a teacher that is being trained; those of another recipe are refused."""
+    folder = weights.with_suffix(".training")
+    store, mark = CheckpointStore(folder / "checkpoints"), folder / "recipe.json"
+    if not resume:
+        store.clear()
+    elif mark.is_file() and json.loads(mark.read_text(encoding="utf8")) != recipe.sha256():
+        raise CheckpointError(
+            f"the training in {folder} was started with another recipe; resume with that one, or "
+            "start again without --resume"
+        )
+    write_text(mark, json.dumps(recipe.sha256()) + "\n")
+    return store
+
+
+def _finished(recipe: TeacherRecipe, weights: Path) -> Trained:
+    card = read_card(weights.with_suffix(".json"))
+    if card.recipe_sha256 != recipe.sha256():
+        raise CheckpointError(
+            f"{weights} was made by another recipe; name another folder, or train it again without "
+            "--resume"
+        )
+    return load_from_card(card, weights), card
 
 
 def teacher_from_recipe(name_or_path: str | Path) -> Trained:
@@ -208,9 +366,20 @@ def teacher_from_recipe(name_or_path: str | Path) -> Trained:
         RecipeError: the recipe is not valid.
         DataError: the teacher must be trained and its data set is missing.
     """
+    if parallel.world() > 1:
+        # One process trains it, and the others read what it kept.
+        parallel.first(partial(_keep, name_or_path))
+    return _find_or_train(name_or_path)
+
+
+def _keep(name_or_path: str | Path) -> None:
+    _find_or_train(name_or_path)
+
+
+def _find_or_train(name_or_path: str | Path) -> Trained:
     recipe = load_teacher_recipe(name_or_path)
     digest = recipe.sha256()
-    cached = _cache_folder() / f"{recipe.name}-{digest[:12]}.safetensors"
+    cached = _cached(recipe)
     shipped = WEIGHTS_FOLDER / f"{recipe.name}.safetensors"
     for weights in (shipped, cached) if recipe.name in builtin_teachers() else (cached,):
         if not weights.exists():
@@ -227,8 +396,14 @@ def teacher_from_recipe(name_or_path: str | Path) -> Trained:
     return module, card
 
 
-def _tensors(images: ImageSet, spec: InputSpec) -> tuple[Tensor, Tensor]:
-    return to_inputs(images.images, spec), torch.from_numpy(images.labels)
+def trained_already(name_or_path: str | Path) -> bool:
+    """Whether `teacher_from_recipe` would find the teacher's files and need not train it."""
+    recipe = load_teacher_recipe(name_or_path)
+    return recipe.name in builtin_teachers() or _cached(recipe).is_file()
+
+
+def _cached(recipe: TeacherRecipe) -> Path:
+    return cache_folder() / f"{recipe.name}-{recipe.sha256()[:12]}.safetensors"
 
 
 def _save(module: nn.Module, card: BuiltinCard, weights: Path) -> None:
@@ -237,7 +412,8 @@ def _save(module: nn.Module, card: BuiltinCard, weights: Path) -> None:
     write_text(weights.with_suffix(".json"), text + "\n")
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where teachers that were trained on demand are kept."""
     chosen = os.environ.get("VESTIGE_CACHE")
     if chosen:
         return Path(chosen).expanduser() / "teachers"

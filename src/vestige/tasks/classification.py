@@ -15,6 +15,8 @@ from vestige.errors import AccessError, DataError, ShapeError, TeacherError
 
 Labelled = tuple[Tensor, Tensor]
 
+_CONFUSION_CLASSES, _CONFUSED = 20, 10
+
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -83,28 +85,61 @@ class Classification:
     def report(self, model: nn.Module, data: Labelled, *, batch_size: int = 512) -> ClassReport:
         """Accuracy per class and the confusion matrix; arguments and errors as in `evaluate`."""
         inputs, labels = self._checked(data)
-        count = self.num_classes
-        confusion = torch.zeros(count * count, dtype=torch.int64)
-        with _quiet(model):
-            for rows in _batches(len(inputs), batch_size):
-                answers = self._logits(model, inputs[rows]).argmax(1).cpu()
-                cells = labels[rows].cpu() * count + answers
-                confusion += torch.bincount(cells, minlength=count * count)
-        confusion = confusion.view(count, count)
-        return ClassReport(confusion.diagonal() / confusion.sum(1), confusion)
+        return self._class_report(labels, self._answers(model, inputs, batch_size))
 
     def agreement(
         self, model_a: nn.Module, model_b: nn.Module, inputs: Tensor, *, batch_size: int = 512
     ) -> float:
         """Share of `inputs` (N, ...), in [0, 1], for which both models name the same class."""
         self._check_inputs(inputs)
-        same = 0
-        with _quiet(model_a, model_b):
-            for rows in _batches(len(inputs), batch_size):
-                first = self._logits(model_a, inputs[rows]).argmax(1).cpu()
-                second = self._logits(model_b, inputs[rows]).argmax(1).cpu()
-                same += int((first == second).sum())
-        return same / len(inputs)
+        first, second = (self._answers(one, inputs, batch_size) for one in (model_a, model_b))
+        return int((first == second).sum()) / len(inputs)
+
+    def details(
+        self, student: nn.Module, teacher: Any, data: Labelled, *, batch_size: int = 512
+    ) -> dict[str, Any]:
+        """What `evaluation.json` says: each class, who is right where, and who is taken for whom.
+
+        Args:
+            student: as in `evaluate`.
+            teacher: any callable that `evaluate` takes, or None where nobody may be asked.
+            data: as in `evaluate`.
+            batch_size: rows per forward; changes no result beyond rounding.
+
+        Returns:
+            Plain lists and numbers:
+            "inputs", N, and "inputs_per_class", (K,);
+            "student" and "teacher", each with "accuracy" in [0, 1] and "per_class", (K,), None for
+            a class without inputs; the teacher's is None where it was not asked;
+            "agreement", None without a teacher, else "share" in [0, 1] of inputs with the same
+            answer and the counts "both_right", "student_alone_right", "teacher_alone_right",
+            "same_wrong", "different_wrong", which add up to N;
+            "confusion", (K, K) counts by true class and answer of each of the two, None for more
+            than 20 classes;
+            "confused", the student's 10 most frequent mistakes: "class", "taken_for", "count".
+        """
+        inputs, labels = self._checked(data)
+        answers = {"student": self._answers(student, inputs, batch_size)}
+        if teacher is not None:
+            answers["teacher"] = self._answers(teacher, inputs, batch_size)
+        labels = labels.cpu()
+        reports = {who: self._class_report(labels, found) for who, found in answers.items()}
+        drawn = self.num_classes <= _CONFUSION_CLASSES
+        return {
+            "inputs": len(labels),
+            "inputs_per_class": torch.bincount(labels, minlength=self.num_classes).tolist(),
+            **{
+                who: _scores(reports[who], len(labels)) if who in reports else None
+                for who in ("student", "teacher")
+            },
+            "agreement": _agreement(labels, answers["student"], answers["teacher"])
+            if "teacher" in answers
+            else None,
+            "confusion": {who: one.confusion.tolist() for who, one in reports.items()}
+            if drawn
+            else None,
+            "confused": _confused(reports["student"].confusion),
+        }
 
     def check(self, model: nn.Module) -> None:
         """Ask `model` for two inputs of zeros, in eval mode, and look at the answer.
@@ -128,6 +163,21 @@ class Classification:
                 f"{type(model).__name__} answers NaN or infinity to inputs of zeros, expected "
                 "finite logits; check its weights and the normalisation"
             )
+
+    def _answers(self, model: Any, inputs: Tensor, batch_size: int) -> Tensor:
+        """Class numbers (N,) that `model` names, on the CPU."""
+        with _quiet(model):
+            parts = [
+                self._logits(model, inputs[rows]).argmax(1).cpu()
+                for rows in _batches(len(inputs), batch_size)
+            ]
+        return torch.cat(parts)
+
+    def _class_report(self, labels: Tensor, answers: Tensor) -> ClassReport:
+        count = self.num_classes
+        cells = torch.bincount(labels.cpu() * count + answers, minlength=count * count)
+        confusion = cells.view(count, count)
+        return ClassReport(confusion.diagonal() / confusion.sum(1), confusion)
 
     def _logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Float32 logits (B, K) of `model`, on its device."""
@@ -168,6 +218,42 @@ class Classification:
                 f"{', '.join(map(str, self.spec.shape))}) as in the input spec; resize the inputs "
                 "or correct the spec"
             )
+
+
+def _scores(report: ClassReport, inputs: int) -> dict[str, Any]:
+    """Accuracy over all inputs and per class, for JSON."""
+    # Divided as doubles: 0.9 is to be 0.9 in the file.
+    right, asked = report.confusion.diagonal().tolist(), report.confusion.sum(1).tolist()
+    return {
+        "accuracy": sum(right) / inputs,
+        "per_class": [hit / all_ if all_ else None for hit, all_ in zip(right, asked, strict=True)],
+    }
+
+
+def _agreement(labels: Tensor, student: Tensor, teacher: Tensor) -> dict[str, Any]:
+    """Who is right where, from class numbers (N,)."""
+    same, right, taught = student == teacher, student == labels, teacher == labels
+    cases = {
+        "both_right": right & taught,
+        "student_alone_right": right & ~taught,
+        "teacher_alone_right": ~right & taught,
+        "same_wrong": same & ~right,
+        "different_wrong": ~same & ~right & ~taught,
+    }
+    counts = {name: int(where.sum()) for name, where in cases.items()}
+    return {"share": int(same.sum()) / len(labels), **counts}
+
+
+def _confused(confusion: Tensor) -> list[dict[str, int]]:
+    """The most frequent mistakes in (K, K) counts, those of the lowest classes first if equal."""
+    wrong = confusion.clone().fill_diagonal_(0)
+    count = len(wrong)
+    order = wrong.flatten().argsort(descending=True, stable=True)[:_CONFUSED]
+    return [
+        {"class": cell // count, "taken_for": cell % count, "count": int(wrong.flatten()[cell])}
+        for cell in order.tolist()
+        if wrong.flatten()[cell] > 0
+    ]
 
 
 @contextmanager

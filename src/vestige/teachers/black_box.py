@@ -1,14 +1,18 @@
 """A teacher that only answers questions, and counts them."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vestige.core import parallel
 from vestige.core.types import Access, Prediction
 from vestige.errors import AccessError, QueryBudgetExceeded, ShapeError, TeacherError
+from vestige.teachers.journal import Journal
 
 
 class BlackBoxTeacher:
@@ -43,6 +47,7 @@ class BlackBoxTeacher:
         self.budget = budget
         self.queries = 0
         self._num_classes = num_classes
+        self._journal: Journal | None = None
         self._model = model.eval() if isinstance(model, nn.Module) else model
 
     @property
@@ -64,16 +69,61 @@ class BlackBoxTeacher:
         Raises:
             QueryBudgetExceeded: B is more than what is left; nothing was asked or counted.
         """
-        if self.budget is not None and self.queries + len(inputs) > self.budget:
+        count = parallel.rows_of_all(len(inputs))
+        journal, known = self._journal, None
+        if journal is not None:
+            known = journal.find(self.queries, inputs)
+            if known is None:
+                # Asked before the run was killed, and of no use for what it asks now.
+                self.queries += journal.lost(self.queries)
+        self.check_budget(count)
+        before = self.queries
+        # Counted before asking: an API charges a request whose answer is lost on the way, too.
+        self.queries += count
+        if known is not None:
+            return Prediction(known.to(inputs.device))
+        if journal is not None:
+            journal.ask(before, count, inputs)
+        answer = parallel.once(partial(self._ask, inputs.detach()))
+        if journal is not None:
+            journal.answered(before, inputs, answer)
+        return Prediction(answer.to(inputs.device))
+
+    def _ask(self, inputs: Tensor) -> Tensor:
+        return self._scores(self._model(inputs.to(self._device(inputs))))
+
+    def keep_answers(self, path: Path, *, resume: bool) -> None:
+        """Keep answers in a file, so that steps which a kill makes be repeated are not asked twice.
+
+        A question that is repeated in its place is answered from the file and counted as it was.
+        One that is not, because the resumed run computes something else, is asked and counted
+        again on top of what was spent. Several processes keep nothing.
+
+        Args:
+            path: of the file.
+            resume: use what it holds; else it is emptied.
+        """
+        if self._journal is not None:
+            self._journal.close()
+        self._journal = Journal(path, resume=resume) if parallel.world() == 1 else None
+
+    def checkpointed(self) -> None:
+        """Answers from before the checkpoint before this one need not be kept."""
+        if self._journal is not None:
+            self._journal.checkpointed(self.queries)
+
+    def check_budget(self, count: int) -> None:
+        """Refuse `count` further queries if the budget does not hold them; asks nothing.
+
+        Raises:
+            QueryBudgetExceeded: `count` is more than what is left.
+        """
+        if self.budget is not None and self.queries + count > self.budget:
             raise QueryBudgetExceeded(
-                f"got a batch of {len(inputs)} queries, expected at most "
+                f"got a batch of {count} queries, expected at most "
                 f"{self.budget - self.queries}: {self.queries} of {self.budget} are used; raise "
                 "the budget or ask less"
             )
-        # Counted before asking: an API charges a request whose answer is lost on the way, too.
-        self.queries += len(inputs)
-        answer = self._model(inputs.detach().to(self._device(inputs)))
-        return Prediction(self._scores(answer).to(inputs.device))
 
     def state_dict(self) -> dict[str, Any]:
         """The number of queries so far, so that a resumed run cannot start counting anew."""

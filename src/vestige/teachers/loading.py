@@ -2,30 +2,34 @@
 
 import difflib
 import hashlib
-import inspect
 import json
-import pickle
-from collections.abc import Callable, Mapping
-from importlib import import_module
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from vestige.core.types import InputSpec
 from vestige.errors import TeacherError
 from vestige.models.factory import build_model
+from vestige.teachers import hub, vision
+from vestige.teachers.ensemble import CombinedNetwork
+from vestige.teachers.files import load_weights, read_weights
+from vestige.teachers.opened import OpenedTeacher, call_factory, check_asked, read_input
 
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
-SCHEMES = ("builtin",)
-KEYS = ("factory", "model", "args", "weights")
+SCHEMES = ("builtin", "timm", "hf")
+KINDS = ("factory", "model", "timm", "hf", "ensemble")
+KEYS = (*KINDS, "args", "weights", "combine", "input", "num_classes")
 FORMS = (
-    "'builtin:NAME', {'factory': 'package.module:callable', 'args': {...}, 'weights': 'FILE'} or "
-    "{'model': NAME, 'args': {...}, 'weights': 'FILE'}"
+    "'builtin:NAME', 'timm:NAME', 'hf:ORG/NAME', 'hf:FOLDER', the path of a card (.json), "
+    "{'factory': 'package.module:callable', 'args': {...}, 'weights': 'FILE'}, the same with "
+    "'model', 'timm' or 'hf': NAME, or {'ensemble': [TEACHER, ...], 'combine': 'probabilities'}"
 )
-TORCH_FILES = (".pt", ".pth")
+
+Opener = Callable[[str], OpenedTeacher]
 
 
 class ImageInput(BaseModel):
@@ -88,49 +92,75 @@ def load_teacher(
     input_spec: InputSpec | None = None,
     num_classes: int | None = None,
 ) -> nn.Module:
-    """Build a trained network.
+    """Build a trained network; `open_teacher` says the same and what is known about it.
 
     Args:
-        spec: "builtin:NAME" (see `builtin_teachers`); or the path of a student.json that a run left
-            beside its weights; or a mapping with "factory", a callable named
-            "package.module:callable" that is called with "args"; or a mapping with "model", a name
-            of `models.factory`. "weights" is a .safetensors file, or a .pt or .pth file that holds
-            nothing but tensors; without it the network stays as it was built.
-        input_spec: what one input looks like; needed for "model", checked for "builtin:".
-        num_classes: number of logits; needed for "model", checked for "builtin:".
+        spec: one of
+            "builtin:NAME" (see `builtin_teachers`);
+            "timm:NAME" with timm's pretrained weights, which are downloaded unless cached;
+            "hf:ORG/NAME" or "hf:FOLDER", an image classifier of transformers;
+            the path of a student.json or of a card of `vestige train-teacher`, beside its weights;
+            a mapping with "factory", a callable named "package.module:callable" that is called with
+            "args"; or with "model", a name of `models.factory`; or with "timm" or "hf" and a name;
+            a mapping with "ensemble", a list of teachers, and optionally "combine" and "weights",
+            a number each, see `CombinedNetwork`.
+            "weights" is a .safetensors file, or a .pt or .pth file that holds nothing but tensors.
+            Without it timm and hf take the pretrained weights, and others stay as they were built.
+            "input" and "num_classes" in a mapping stand for the arguments below.
+        input_spec: what one input looks like; needed for "model", checked where the teacher says it
+            itself, where images may have another size.
+        num_classes: number of logits; likewise.
 
     Returns:
         The network in eval mode, on the CPU.
 
     Raises:
         TeacherError: the form, the file or its content is not as described here.
+        MissingExtraError: timm or transformers is not installed.
     """
-    if str(spec).endswith(".json") and isinstance(spec, str | Path):
-        return _load_by_card(Path(spec).expanduser())
+    return open_teacher(spec, input_spec=input_spec, num_classes=num_classes).module
+
+
+def open_teacher(
+    spec: str | Path | Mapping[str, Any],
+    *,
+    input_spec: InputSpec | None = None,
+    num_classes: int | None = None,
+    openers: Mapping[str, Opener] | None = None,
+) -> OpenedTeacher:
+    """Build a trained network and tell what its card or configuration says about it.
+
+    Args:
+        spec: as for `load_teacher`.
+        input_spec: likewise.
+        num_classes: likewise.
+        openers: further schemes: each gets what stands behind "SCHEME:".
+
+    Raises:
+        TeacherError: as for `load_teacher`.
+        MissingExtraError: likewise.
+    """
+    if isinstance(spec, Mapping):
+        return _open_mapping(spec, input_spec, num_classes, openers or {})
+    text = str(spec)
+    if text.endswith(".json"):
+        return _checked(text, _open_card(Path(text).expanduser()), input_spec, num_classes)
     if isinstance(spec, Path):
         raise TeacherError(f"got the path {spec}, expected a student.json or one of {FORMS}")
-    if isinstance(spec, str):
-        return _load_by_name(spec, input_spec, num_classes)
-    unknown = [key for key in spec if key not in KEYS]
-    if unknown or ("factory" in spec) == ("model" in spec):
-        near = difflib.get_close_matches(str(unknown[0]), KEYS, n=1) if unknown else []
-        hint = f"did you mean '{near[0]}'?" if near else "give either 'factory' or 'model'"
-        raise TeacherError(f"got a teacher with the keys {sorted(spec)}, expected {FORMS}; {hint}")
-    args = dict(spec.get("args") or {})
-    if "factory" in spec:
-        module = _call(str(spec["factory"]), args)
-    elif input_spec is None or num_classes is None:
-        raise TeacherError(
-            f"got model '{spec['model']}' without "
-            f"{'an input spec' if input_spec is None else 'num_classes'}, expected both an input "
-            "spec and num_classes; hand them to load_teacher"
-        )
-    else:
-        module = build_model(str(spec["model"]), input_spec, num_classes, **args)
-    if spec.get("weights") is not None:
-        path = Path(spec["weights"]).expanduser()
-        load_weights(module, read_weights(path), where=str(path))
-    return module.eval()
+    scheme, colon, name = text.partition(":")
+    if colon and scheme in (openers or {}):
+        return _checked(text, (openers or {})[scheme](name), input_spec, num_classes)
+    if colon and scheme == "builtin":
+        card = builtin_card(name)
+        found = of_card(card, load_from_card(card, WEIGHTS_FOLDER / f"{name}.safetensors"))
+        return _checked(text, found, input_spec, num_classes)
+    if colon and scheme in SCHEMES:
+        return _open_mapping({scheme: name}, input_spec, num_classes, {})
+    raise TeacherError(
+        f"got teacher '{text}', expected a name that starts with "
+        f"{' or '.join(f'{known}:' for known in (*SCHEMES, *(openers or {})))} or a mapping; the "
+        f"forms are {FORMS}"
+    )
 
 
 def builtin_teachers() -> list[str]:
@@ -185,60 +215,6 @@ def load_from_card(card: BuiltinCard, weights: Path) -> nn.Module:
     return module.eval()
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from a file, without ever running code from it.
-
-    Raises:
-        TeacherError: the file is missing, damaged, of an unknown kind, or holds code.
-    """
-    if path.suffix not in (".safetensors", *TORCH_FILES):
-        raise TeacherError(
-            f"got weights file {path}, expected .safetensors, .pt or .pth; save the state dict "
-            "with safetensors.torch.save_file"
-        )
-    if not path.is_file():
-        raise TeacherError(f"got no file {path}, expected weights there; correct the path")
-    found: Any = _read_torch(path) if path.suffix in TORCH_FILES else _read_safetensors(path)
-    for key in ("state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise TeacherError(
-            f"got {path} with {type(found).__name__} content, expected a state dict: tensors by "
-            "name; save module.state_dict()"
-        )
-    return dict(found)
-
-
-def load_weights(module: nn.Module, weights: Mapping[str, Tensor], *, where: str) -> None:
-    """Copy `weights` into `module`; names and shapes must be the same.
-
-    Raises:
-        TeacherError: they are not; the first five differences of each kind are listed.
-    """
-    expected = module.state_dict()
-    missing = [name for name in expected if name not in weights]
-    extra = [name for name in weights if name not in expected]
-    shapes = [
-        f"{name} {tuple(weights[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in expected
-        if name in weights and weights[name].shape != expected[name].shape
-    ]
-    kinds = (("missing", missing), ("unexpected", extra), ("of another shape", shapes))
-    found = [
-        f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-        for kind, names in kinds
-        if names
-    ]
-    if found:
-        raise TeacherError(
-            f"got weights in {where} that do not fit {type(module).__name__} ({'; '.join(found)}), "
-            f"expected its {len(expected)} tensors; use the architecture and arguments that the "
-            "weights were trained with"
-        )
-    module.load_state_dict(weights)
-
-
 def fingerprint(module: nn.Module) -> str:
     """sha256 in hex over names, dtypes, shapes and bytes of a module's state, sorted by name.
 
@@ -252,18 +228,122 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _load_by_card(path: Path) -> nn.Module:
-    """The network of a student.json, whose weights lie in the same folder."""
+def _open_mapping(
+    spec: Mapping[str, Any],
+    input_spec: InputSpec | None,
+    num_classes: int | None,
+    openers: Mapping[str, Opener],
+) -> OpenedTeacher:
+    kind = _kind(spec)
+    args = dict(spec.get("args") or {})
+    input_spec = read_input(spec["input"]) if spec.get("input") is not None else input_spec
+    num_classes = spec["num_classes"] if spec.get("num_classes") is not None else num_classes
+    if kind == "ensemble":
+        return _open_ensemble(spec, input_spec, num_classes, openers)
+    weights = None if spec.get("weights") is None else Path(spec["weights"]).expanduser()
+    if kind in ("timm", "hf"):
+        load = vision.load_timm if kind == "timm" else hub.load_hub
+        return load(
+            str(spec[kind]),
+            args=args,
+            weights=weights,
+            input_spec=input_spec,
+            num_classes=num_classes,
+        )
+    if kind == "factory":
+        module = call_factory(str(spec["factory"]), args)
+    elif input_spec is None or num_classes is None:
+        raise TeacherError(
+            f"got model '{spec['model']}' without "
+            f"{'an input spec' if input_spec is None else 'num_classes'}, expected both an input "
+            "spec and num_classes; hand them to load_teacher"
+        )
+    else:
+        module = build_model(str(spec["model"]), input_spec, num_classes, **args)
+    if weights is not None:
+        load_weights(module, read_weights(weights), where=str(weights))
+    return OpenedTeacher(module.eval(), input_spec, num_classes)
+
+
+def _kind(spec: Mapping[str, Any]) -> str:
+    """The one key that says what kind of teacher a mapping describes, after all were checked."""
+    unknown = [str(key) for key in spec if key not in KEYS]
+    kinds = [kind for kind in KINDS if kind in spec]
+    useless = (
+        [key for key in ("args",) if key in spec]
+        if kinds == ["ensemble"]
+        else [key for key in ("combine",) if key in spec]
+    )
+    if not unknown and len(kinds) == 1 and not useless:
+        return kinds[0]
+    near = difflib.get_close_matches(unknown[0], KEYS, n=1) if unknown else []
+    hint = f"give either {' or '.join(map(repr, KINDS))}"
+    if useless and len(kinds) == 1:
+        hint = f"{kinds[0]!r} does not take {useless[0]!r}"
+    if near:
+        hint = f"did you mean '{near[0]}'?"
+    raise TeacherError(
+        f"got a teacher with the keys {sorted(map(str, spec))}, expected {FORMS}; {hint}"
+    )
+
+
+def _open_ensemble(
+    spec: Mapping[str, Any],
+    input_spec: InputSpec | None,
+    num_classes: int | None,
+    openers: Mapping[str, Opener],
+) -> OpenedTeacher:
+    listed, weights = spec["ensemble"], spec.get("weights")
+    for what, value in (("ensemble", listed), ("weights", weights)):
+        if value is not None and (isinstance(value, str) or not isinstance(value, Sequence)):
+            raise TeacherError(f"got {what} {value!r} of an ensemble, expected a list")
+    members = [
+        open_teacher(one, input_spec=input_spec, num_classes=num_classes, openers=openers)
+        for one in listed
+    ]
+    for index, member in enumerate(members[1:], 1):
+        for what, first, other in (
+            ("inputs", members[0].spec, member.spec),
+            ("number of classes", members[0].num_classes, member.num_classes),
+            ("classes", members[0].classes, member.classes),
+        ):
+            if first and other and first != other:
+                raise TeacherError(
+                    f"got the {what} {other} of member {index} of an ensemble, expected {first} as "
+                    "of member 0; take networks that see the same inputs and name the same classes"
+                )
+    network = CombinedNetwork(
+        [member.module for member in members],
+        combine=spec.get("combine") or "logits",
+        weights=weights,
+    )
+
+    def known(values: Sequence[Any]) -> Any:
+        return next((value for value in values if value), None)
+
+    return OpenedTeacher(
+        network.eval(),
+        known([member.spec for member in members]),
+        known([member.num_classes for member in members]),
+        known([member.classes for member in members]) or (),
+        "; ".join(dict.fromkeys(one.trained_on for one in members if one.trained_on)),
+    )
+
+
+def _open_card(path: Path) -> OpenedTeacher:
+    """The network of a student.json, or of a trained teacher's card; weights lie beside it."""
     try:
         card = json.loads(path.read_text(encoding="utf8"))
-        known = {key: card[key] for key in KEYS if key in card}
+        if "weights_fingerprint" in card:
+            trained = read_card(path)
+            return of_card(trained, load_from_card(trained, path.with_suffix(".safetensors")))
+        known = {key: card[key] for key in ("factory", "model", "args") if key in card}
         weights = path.parent / str(card["weights"])
-        given = dict(card["input"])
-        shape = given.pop("shape", None) or [given.pop(k) for k in ("channels", "height", "width")]
-        kind = str(given.pop("kind", "image"))
-        spec = InputSpec(kind, tuple(shape), tuple(given["mean"]), tuple(given["std"]))
-        count = int(card["num_classes"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        spec, count = read_input(card["input"]), int(card["num_classes"])
+        classes = tuple(map(str, card.get("classes") or ()))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if isinstance(error, TeacherError) and str(path) in str(error):
+            raise
         raise TeacherError(
             f"got {path}, which cannot be read as the card of a network ({error!r}), expected the "
             "student.json that a run left; name the mapping or the recipe instead"
@@ -273,74 +353,24 @@ def _load_by_card(path: Path) -> nn.Module:
             f"got {path} of a network that was handed in from Python, which the card cannot build; "
             "name its 'factory' in a mapping, with these weights"
         )
-    return load_teacher({**known, "weights": weights}, input_spec=spec, num_classes=count)
+    module = load_teacher({**known, "weights": weights}, input_spec=spec, num_classes=count)
+    return OpenedTeacher(module, spec, count, classes)
 
 
-def _load_by_name(name: str, input_spec: InputSpec | None, num_classes: int | None) -> nn.Module:
-    scheme, colon, rest = name.partition(":")
-    if not colon or scheme not in SCHEMES:
+def of_card(card: BuiltinCard, module: nn.Module) -> OpenedTeacher:
+    """The network with what its card says."""
+    about = f"{card.data}/train, {card.train_fingerprint[:12]}"
+    return OpenedTeacher(module, card.input.spec(), card.num_classes, card.classes, about)
+
+
+def _checked(
+    name: str, found: OpenedTeacher, input_spec: InputSpec | None, num_classes: int | None
+) -> OpenedTeacher:
+    """What a card says stands: its weights are of one input and one number of classes."""
+    check_asked(name, None, None, num_classes, found.num_classes)
+    if input_spec is not None and input_spec != found.spec:
         raise TeacherError(
-            f"got teacher '{name}', expected a name that starts with "
-            f"{' or '.join(f'{known}:' for known in SCHEMES)} or a mapping; the forms are {FORMS}"
+            f"got input spec {input_spec} for teacher '{name}', expected {found.spec} as it was "
+            "trained; leave it out or use another teacher"
         )
-    card = builtin_card(rest)
-    asked = {"input spec": input_spec, "num_classes": num_classes}
-    held = {"input spec": card.input.spec(), "num_classes": card.num_classes}
-    for what, value in asked.items():
-        if value is not None and value != held[what]:
-            raise TeacherError(
-                f"got {what} {value} for teacher '{name}', expected {held[what]} as it was "
-                "trained; leave it out or use another teacher"
-            )
-    return load_from_card(card, WEIGHTS_FOLDER / f"{rest}.safetensors")
-
-
-def _call(target: str, args: Mapping[str, Any]) -> nn.Module:
-    module_name, _, attribute = target.partition(":")
-    try:
-        factory: Callable[..., Any] = getattr(import_module(module_name), attribute)
-        inspect.signature(factory).bind(**args)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise TeacherError(
-            f"got factory '{target}' with the arguments {sorted(args)}, which cannot be called "
-            f"({error}), expected 'package.module:callable' and its arguments; install the package "
-            "or correct the name"
-        ) from error
-    built = factory(**args)
-    if not isinstance(built, nn.Module):
-        raise TeacherError(
-            f"got {type(built).__name__} from factory '{target}', expected a torch.nn.Module; "
-            "return the network"
-        )
-    return built
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
-
-
-def _read_torch(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise TeacherError(
-            f"got {path}, which holds Python objects that run code when they are loaded, expected "
-            "tensors only; refused. Where you trust the file, convert it once: safetensors.torch."
-            "save_file(torch.load(FILE, weights_only=False).state_dict(), 'teacher.safetensors') "
-            "(leave out .state_dict() if it holds a state dict)"
-        ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> TeacherError:
-    return TeacherError(
-        f"got {path}, which cannot be read ({type(error).__name__}: {error}), expected a whole "
-        "weights file; copy or save it again"
-    )
+    return found

@@ -53,7 +53,7 @@ def percent(value: float) -> str:
 
 def shares_of(counts: Sequence[float]) -> list[float]:
     """Counts as shares of their sum; empty where nothing was counted."""
-    clean = [count if _usable(count) and count > 0 else 0.0 for count in counts]
+    clean = [count if usable(count) and count > 0 else 0.0 for count in counts]
     whole = sum(clean)
     return [count / whole for count in clean] if whole else []
 
@@ -94,10 +94,10 @@ def line_chart(
     Returns:
         One `<svg>` element.
     """
-    finite = [(x, y) for one in series for x, y in one.points if _usable(x) and _usable(y)]
+    finite = [(x, y) for one in series for x, y in one.points if usable(x) and usable(y)]
     if not finite:
-        return _empty(title, width, height)
-    line = reference if reference is not None and _usable(reference[1]) else None
+        return empty(title, width, height)
+    line = reference if reference is not None and usable(reference[1]) else None
     ys = [y for _, y in finite] + ([line[1]] if line else [])
     logarithmic = y_range is None and min(ys) > 0 and max(ys) / min(ys) > _WIDE_RANGE
     xs = [x for x, _ in finite]
@@ -111,15 +111,16 @@ def line_chart(
         logarithmic=logarithmic,
         pad=0.0 if y_range else 0.06,
     )
-    parts = [_head(title, width, height), _grid(x_axis, y_axis, y_format)]
-    parts.append(_text(x_label, (54 + width - 14) / 2, height - 6, "middle"))
+    whole = all(x == int(x) for x in xs)
+    parts = [head(title, width, height), _grid(x_axis, y_axis, y_format, whole)]
+    parts.append(text_at(x_label, (54 + width - 14) / 2, height - 6, "middle"))
     if line:
         at = y_axis(line[1])
         parts.append(
             f'<path d="M54 {at:.1f}H{width - 14}" fill="none" stroke-dasharray="5 4" '
             f'stroke-width="1.5" style="stroke:var(--ink, #222)"/>'
         )
-        parts.append(_text(line[0], width - 18, at - 6, "end", ink="--ink, #222"))
+        parts.append(text_at(line[0], width - 18, at - 6, "end", ink="--ink, #222"))
     for one in sorted(series, key=lambda item: item.strong):
         parts.append(_draw(one, x_axis, y_axis))
     return "".join([*parts, "</svg>"])
@@ -132,82 +133,16 @@ def bar(value: float, *, title: str, reference: float | None = None, strong: boo
         f"<title>{escape(title)}</title>"
         '<rect x="0" y="2" width="100" height="6" style="fill:var(--line, #ddd)"/>'
     ]
-    if _usable(value):
+    if usable(value):
         length = 100 * min(1.0, max(0.0, value))
         ink = colour(0) if strong else "var(--quiet, #9aa1ab)"
         parts.append(f'<rect x="0" y="2" width="{length:.2f}" height="6" style="fill:{ink}"/>')
-    if reference is not None and _usable(reference):
+    if reference is not None and usable(reference):
         at = 100 * min(1.0, max(0.0, reference))
         parts.append(
             f'<path d="M{at:.2f} 0V10" stroke-width="1.5" vector-effect="non-scaling-stroke" '
             'style="stroke:var(--ink, #222)"/>'
         )
-    return "".join([*parts, "</svg>"])
-
-
-def heat_strip(
-    columns: Sequence[tuple[float, Sequence[float]]],
-    *,
-    title: str,
-    x_label: str = "",
-    names: Sequence[str] = (),
-    top: float | None = None,
-    width: int = 420,
-) -> str:
-    """Shares of a whole over time: one row per class, one column per round, darker is more.
-
-    Opacity follows the square root of the share, so that a rare class can be told from an absent
-    one. More than 24 classes are cut to the 20 most frequent and one row for the rest; more than
-    100 columns are averaged.
-
-    Args:
-        columns: x and counts (one per class, not negative) of each round.
-        title: read out by screen readers and shown on hovering.
-        x_label: what the columns count.
-        names: class names; numbers where it is empty or too short.
-        top: share drawn darkest, common to strips that are to be compared; None for the largest.
-        width: of the drawing, in its own units.
-
-    Returns:
-        One `<svg>` element.
-    """
-    shares = [(x, shares_of(counts)) for x, counts in columns]
-    classes = max((len(row) for _, row in shares), default=0)
-    shares = [(x, row) for x, row in shares if row and len(row) == classes and _usable(x)]
-    if not shares:
-        return _empty(title, width, 120)
-    rows = [
-        (names[index] if index < len(names) else str(index), [row[index] for _, row in shares])
-        for index in range(classes)
-    ]
-    # Before rows are merged: all that is left together would make each class look pale.
-    darkest = max(top or 0.0, *(max(row) for _, row in rows))
-    rows = _merge_rows(rows)
-    xs = [x for x, _ in shares]
-    step = max(1, math.ceil(len(xs) / 100))
-    cell = 20 if len(rows) <= 12 else 13
-    left, right = 54, width - 14
-    height = cell * len(rows) + 58
-    slots = math.ceil(len(xs) / step)
-    across = (right - left) / slots
-    parts = [_head(title, width, height)]
-    for number, (name, row) in enumerate(rows):
-        y = 4 + number * cell
-        parts.append(_text(_short(name, 8), left - 8, y + cell / 2 + 4, "end"))
-        for slot in range(slots):
-            share = sum(row[slot * step : (slot + 1) * step]) / len(row[slot * step :][:step])
-            label = f"{name}, {x_label} {plain(xs[slot * step])}: {percent(share)}"
-            parts.append(
-                f'<rect x="{left + slot * across:.1f}" y="{y}" width="{across + 0.2:.1f}" '
-                f'height="{cell - 1}" fill-opacity="{math.sqrt(min(1.0, share / darkest)):.2f}" '
-                f'style="fill:{colour(0)}"><title>{escape(label)}</title></rect>'
-            )
-    bottom = 4 + len(rows) * cell
-    parts.append(_text(plain(xs[0]), left, bottom + 16, "start"))
-    if len(xs) > 1:
-        parts.append(_text(plain(xs[-1]), right, bottom + 16, "end"))
-    parts.append(_text(x_label, (left + right) / 2, bottom + 16, "middle"))
-    parts.append(_scale(left, bottom + 34, darkest))
     return "".join([*parts, "</svg>"])
 
 
@@ -245,8 +180,8 @@ class _Axis:
         share = min(1.0, max(0.0, (at - self.low) / (self.high - self.low)))
         return self.start + share * (self.end - self.start)
 
-    def ticks(self, wanted: int) -> list[float]:
-        """About `wanted` round numbers within the axis."""
+    def ticks(self, wanted: int, *, whole: bool = False) -> list[float]:
+        """About `wanted` round numbers within the axis, all of them whole if `whole`."""
         if self.logarithmic:
             decades = range(math.floor(self.low), math.ceil(self.high) + 1)
             factors = (1.0,) if self.high - self.low > 2 else (1.0, 2.0, 5.0)
@@ -256,12 +191,14 @@ class _Axis:
         rough = (self.high - self.low) / max(1, wanted)
         unit = 10.0 ** math.floor(math.log10(rough))
         step = next(unit * size for size in (1, 2, 2.5, 5, 10) if unit * size >= rough * 0.75)
+        if whole:
+            step = max(1.0, float(math.ceil(step)) if step < 10 else step)
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
         return [index * step for index in range(first, last + 1)]
 
 
-def _grid(x_axis: _Axis, y_axis: _Axis, y_format: Format) -> str:
+def _grid(x_axis: _Axis, y_axis: _Axis, y_format: Format, whole: bool) -> str:
     small = y_axis.start - y_axis.end < 150
     parts = []
     for value in y_axis.ticks(3 if small else 5):
@@ -269,9 +206,9 @@ def _grid(x_axis: _Axis, y_axis: _Axis, y_format: Format) -> str:
         parts.append(
             f'<path d="M{x_axis.start} {at:.1f}H{x_axis.end}" style="stroke:var(--line, #ddd)"/>'
         )
-        parts.append(_text(y_format(value), x_axis.start - 8, at + 4, "end"))
-    for value in x_axis.ticks(max(2, int((x_axis.end - x_axis.start) / 90))):
-        parts.append(_text(plain(value), x_axis(value), y_axis.start + 17, "middle"))
+        parts.append(text_at(y_format(value), x_axis.start - 8, at + 4, "end"))
+    for value in x_axis.ticks(max(2, int((x_axis.end - x_axis.start) / 90)), whole=whole):
+        parts.append(text_at(plain(value), x_axis(value), y_axis.start + 17, "middle"))
     parts.append(
         f'<path d="M{x_axis.start} {y_axis.start}H{x_axis.end}" style="stroke:var(--quiet, #999)"/>'
     )
@@ -279,11 +216,11 @@ def _grid(x_axis: _Axis, y_axis: _Axis, y_format: Format) -> str:
 
 
 def _draw(series: Series, x_axis: _Axis, y_axis: _Axis) -> str:
-    usable = [(x, y) for x, y in series.points if _usable(x)]
+    placed = [(x, y) for x, y in series.points if usable(x)]
     runs: list[list[tuple[float, float]]] = [[]]
     broken = []
-    for x, y in usable:
-        if _usable(y) and (y > 0 or not y_axis.logarithmic):
+    for x, y in placed:
+        if usable(y) and (y > 0 or not y_axis.logarithmic):
             runs[-1].append((x, y))
         else:
             broken.append(x)
@@ -329,44 +266,25 @@ def _thin(run: list[tuple[float, float]]) -> list[tuple[float, float, float, flo
     return out
 
 
-def _merge_rows(rows: list[tuple[str, list[float]]]) -> list[tuple[str, list[float]]]:
-    if len(rows) <= 24:
-        return rows
-    ranked = sorted(range(len(rows)), key=lambda index: -sum(rows[index][1]))
-    kept = [rows[index] for index in sorted(ranked[:20])]
-    rest = [rows[index][1] for index in ranked[20:]]
-    return [*kept, (f"{len(rest)} more", [sum(column) for column in zip(*rest, strict=True)])]
-
-
-def _scale(left: float, y: float, top: float) -> str:
-    """What the colours of a heat strip mean, from 0 to the darkest share."""
-    start, length = left + 34.0, 128.0
-    parts = [_text("0 %", left, y + 9, "start")]
-    for index in range(16):
-        share = math.sqrt((index + 0.5) / 16)
-        parts.append(
-            f'<rect x="{start + index * length / 16:.1f}" y="{y}" width="{length / 16 + 0.2:.1f}" '
-            f'height="10" fill-opacity="{share:.2f}" style="fill:{colour(0)}"/>'
-        )
-    parts.append(_text(percent(top), start + length + 8, y + 9, "start"))
-    return "".join(parts)
-
-
-def _head(title: str, width: int, height: int) -> str:
+def head(title: str, width: float, height: float, style: str = "") -> str:
+    """The start of a chart; `style` is CSS and not escaped."""
+    look = f' style="{style}"' if style else ""
     return (
-        f'<svg class="chart" role="img" viewBox="0 0 {width} {height}">'
+        f'<svg class="chart" role="img" viewBox="0 0 {width} {height}"{look}>'
         f"<title>{escape(title)}</title>"
     )
 
 
-def _empty(title: str, width: int, height: int) -> str:
+def empty(title: str, width: int, height: int) -> str:
+    """A chart that says that there is nothing to draw."""
     return (
-        f"{_head(title, width, height)}"
-        f"{_text('no finite values', width / 2, height / 2, 'middle')}</svg>"
+        f"{head(title, width, height)}"
+        f"{text_at('no finite values', width / 2, height / 2, 'middle')}</svg>"
     )
 
 
-def _text(text: str, x: float, y: float, anchor: str, ink: str = "--soft, #555") -> str:
+def text_at(text: str, x: float, y: float, anchor: str, ink: str = "--soft, #555") -> str:
+    """An escaped text; `ink` names the CSS variable of its colour."""
     if not text:
         return ""
     return (
@@ -375,9 +293,6 @@ def _text(text: str, x: float, y: float, anchor: str, ink: str = "--soft, #555")
     )
 
 
-def _short(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _usable(value: float) -> bool:
+def usable(value: float) -> bool:
+    """Whether a value can be drawn."""
     return math.isfinite(value) and abs(value) < _LARGEST

@@ -91,7 +91,7 @@ class CheckpointStore:
         """
         manifest = {name: self._save_shards(name, part) for name, part in growing.items()}
         tensors: dict[str, Tensor] = {}
-        tree = encode({**state, "shards": manifest}, tensors)
+        tree = encode({**state, "number": number, "shards": manifest}, tensors)
         data = tensors_to_bytes(tensors, {"tree": json.dumps(tree)})
         path = self.folder / f"{number:08d}-{sha256(data)[:16]}.safetensors"
         write_bytes(path, data)
@@ -106,7 +106,8 @@ class CheckpointStore:
         written by a round that will be repeated.
 
         Raises:
-            CheckpointError: there are checkpoints but none is sound.
+            CheckpointError: there are checkpoints but none is sound, or one cannot be read at all:
+                that may pass, so nothing is dropped.
         """
         files = self._files()
         damaged: list[Path] = []
@@ -139,8 +140,8 @@ class CheckpointStore:
 
         for name in names:
             path = self.folder / "shards" / name
-            data = path.read_bytes() if path.is_file() else b""
-            if sha256(data)[:16] != path.stem.rsplit("-", 1)[1]:
+            data = _bytes_of(path) if path.is_file() else b""
+            if sha256(data)[:16] != path.stem.rsplit("-", 1)[-1]:
                 raise CheckpointError(
                     f"shard {path} is missing or damaged; restore it or start without --resume"
                 )
@@ -164,21 +165,13 @@ class CheckpointStore:
         return sorted((int(match[1]), path) for match, path in found if match)
 
     def _read(self, path: Path) -> dict[str, Any] | None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
         match = _NAME.match(path.name)
-        data = path.read_bytes()
+        data = _bytes_of(path)
         if match is None or sha256(data)[:16] != match[2]:
             return None
-        try:
-            # The header is a little-endian length followed by JSON; `load` does not hand it out.
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            tree = json.loads(header["__metadata__"]["tree"])
-            state = decode(tree, load(data))
-        except (ValueError, KeyError, SafetensorError):
-            return None
-        return state if isinstance(state, dict) else None
+        state = _state_of(data)
+        # Under another number it would take the place of a newer one.
+        return state if state is not None and state["number"] == int(match[1]) else None
 
     def _save_shards(self, name: str, part: Sharded) -> list[str]:
         folder = self.folder / "shards"
@@ -194,3 +187,37 @@ class CheckpointStore:
                 write_bytes(folder / known[stem], data)
             manifest.append(known[stem])
         return manifest
+
+
+def _state_of(data: bytes) -> dict[str, Any] | None:
+    """The state in a file of the right digest, or None for a file that is none of ours.
+
+    Raises:
+        CheckpointError: it is of a newer version.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors = load(data)
+        # The header is a little-endian length followed by JSON; `load` does not hand it out.
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        state = decode(json.loads(header["__metadata__"]["tree"]), tensors)
+        shards = state["shards"]
+        whole = all(isinstance(name, str) for names in shards.values() for name in names)
+    except CheckpointError:
+        raise
+    # A digest that fits a foreign file was made on purpose, so it may hold anything.
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError):
+        return None
+    return state if isinstance(state, dict) and whole and "number" in state else None
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read ({error.strerror}), expected a readable file; see "
+            "to its permissions and its disk, then use --resume again"
+        ) from error

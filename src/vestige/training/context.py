@@ -1,8 +1,7 @@
 """What a method sees of the trainer: loops, optimizers, updates and randomness."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import reduce as fold
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -10,59 +9,30 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vestige.core import seeding
-from vestige.core.protocols import (
-    Following,
-    LossFn,
-    OptimizerFactory,
-    Plugin,
-    Progress,
-    SourceTerms,
-    StudentBatch,
-    StudentGradient,
-    StudentOptimizers,
-    StudentUpdate,
-)
+from vestige.core.protocols import Following, LossFn, OptimizerFactory, Plugin, Progress
 from vestige.core.schedules import Schedule
-from vestige.core.types import Batch, Inputs, Loss, Prediction, Role, Step, join_rows
-from vestige.errors import CheckpointError, ContractError
-
-_WRAPPED: Mapping[type[Any], Role] = {
-    SourceTerms: "source",
-    StudentBatch: "student",
-    StudentGradient: "student",
-    StudentOptimizers: "student",
-}
-
-
-@dataclass
-class _Scheduled:
-    """A persistent optimizer with its base rates and the number of steps it took."""
-
-    optimizer: Optimizer
-    schedule: Schedule | None
-    base_rates: list[float]
-    steps: int = 0
-
-    def set_rates(self, share: float) -> None:
-        if self.schedule is not None:
-            factor = self.schedule.factor(share)
-            for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-                group["lr"] = rate * factor
-
-    def stepped(self) -> None:
-        self.steps += 1
-        if self.schedule is not None and self.schedule.per == "step":
-            self.set_rates(self.steps / self.schedule.steps)
+from vestige.core.types import Batch, Loss, Role, Step
+from vestige.errors import ContractError
+from vestige.training import runtime
+from vestige.training.accumulation import accumulated
+from vestige.training.compute import full_precision
+from vestige.training.hooks import Hooks
+from vestige.training.optimizers import Optimizers, parameters_of
+from vestige.training.sharding import over_processes
 
 
 class RunContext:
-    """The Context of `core.protocols`, for one process.
+    """The Context of `core.protocols`.
+
+    Where several processes run the method, an update's batch is cut over them by rows; everything
+    else happens in each of them.
 
     Args:
         seed: of the run; every stream of randomness derives from it.
         device: where `rng` lives.
         plugins: by name, outermost first.
-        reduce: averages gradients over processes, called after the plug-ins.
+        reduce: called after the plug-ins with the parameters that move; several processes average
+            their gradients once more, so that no rounding drives them apart.
         on_loop: called when a loop draws its first item, with its name and length; returns the
             number of rounds that are done already.
         on_round: called after each finished round; returns whether to go on.
@@ -82,21 +52,16 @@ class RunContext:
         self.device = device
         self.progress = Progress()
         self.rng = seeding.generator(seed, "method", device)
-        self.plugins = dict(plugins)
+        self.hooks = Hooks(plugins)
         self.in_round = False
         self.stopping = False
         self.cut_short = False
-        self.called: set[str] = set()
         self.rounds_done: dict[str, int] = {}
-        self.roles: set[Role] = set()
+        self.updating: Role | None = None
         self._generators: dict[str, torch.Generator] = {}
-        self._optimizers: dict[str, _Scheduled] = {}
-        self._saved_optimizers: dict[str, Any] = {}
         self._saved_generators: dict[str, Tensor] = {}
-        self._hooks: dict[type[Any], list[tuple[str, Any]]] = {
-            hook: [(name, plugin) for name, plugin in plugins.items() if isinstance(plugin, hook)]
-            for hook in (SourceTerms, StudentBatch, StudentGradient, StudentOptimizers)
-        }
+        self._optimizers = Optimizers()
+        self._passes = 0
         self._reduce = reduce
         self._on_loop = on_loop
         self._on_round = on_round
@@ -125,9 +90,7 @@ class RunContext:
         done = self._on_loop(name, n)
         # A skipped loop may have been left early; then it has fewer rounds than it asked for.
         self.progress.round = self.rounds_done.get(name, done)
-        for entry in self._optimizers.values():
-            if entry.schedule is not None and entry.schedule.per == "round":
-                entry.set_rates(self.progress.fraction)
+        self._optimizers.set_round_rates(self.progress.fraction)
         for index in range(done, n):
             if self.stopping:
                 self.cut_short = True
@@ -141,9 +104,7 @@ class RunContext:
             self.progress.round = index + 1
             self.progress.steps_per_round = self.progress.round_steps
             self.progress.round_steps = 0
-            for entry in self._optimizers.values():
-                if entry.schedule is not None and entry.schedule.per == "round":
-                    entry.set_rates(self.progress.fraction)
+            self._optimizers.set_round_rates(self.progress.fraction)
             self.stopping = not self._on_round()
 
     # Randomness
@@ -181,16 +142,7 @@ class RunContext:
                 f"optimizer {name!r} was asked for inside a round, expected before the loop; pass "
                 "fresh=True if it is meant to live within the round only"
             )
-        if name in self._optimizers:
-            raise ContractError(
-                f"optimizer {name!r} exists already; give every optimizer its own name"
-            )
-        rates = [float(group["lr"]) for group in optimizer.param_groups]
-        entry = self._optimizers[name] = _Scheduled(optimizer, schedule, rates)
-        if name in self._saved_optimizers:
-            self._restore_optimizer(name)
-        elif schedule is not None:
-            entry.set_rates(0.0)
+        self._optimizers.add(name, optimizer, schedule)
         return optimizer
 
     # Updates
@@ -208,7 +160,8 @@ class RunContext:
         """One optimizer step on `loss_fn(model, batch)`.
 
         Without plug-ins: zero, backward to the parameters of `optimizers` alone, reduce over
-        processes, clip, step.
+        processes, clip, step. Plug-ins and the returned loss are of the whole batch, also where
+        several processes share it.
 
         Args:
             role: "source" and "student" are open to plug-ins, "auxiliary" is not.
@@ -227,35 +180,33 @@ class RunContext:
                     "a student update got an empty batch; put what the student sees into "
                     "batch.inputs, so that plug-ins can weight it, drop rows and evaluate elsewhere"
                 )
-            for name, plugin in self._hooks[StudentBatch]:
-                batch = plugin.student_batch(batch)
-                self.called.add(name)
-            optimizers, clip = self._student_optimizers(model, optimizers, clip)
+            batch = self.hooks.student_batch(batch)
+            optimizers, clip = self.hooks.student_optimizers(model, optimizers, clip)
             if len(batch) == 0:
                 return Step(role)
-        params = self._params(optimizers)
+        params = parameters_of(optimizers)
 
         def plain(on: Batch | None = None) -> Loss:
             for parameter in params:
                 parameter.grad = None
-            return self._backward(
+            loss = self._backward(
                 role, model, loss_fn, batch if on is None else on, params, accumulate
             )
+            # Before the plug-ins, which are the same everywhere and see the gradient of the whole.
+            runtime.average_gradients(params)
+            return loss
 
         chain: Following = plain
-        if role == "student" and self._hooks[StudentGradient]:
-            names = {id(p): n for n, p in model.named_parameters()}
-            named = {names[id(p)]: p for p in params if id(p) in names}
-            context = StudentUpdate(model, loss_fn, batch, named)
-            for name, plugin in reversed(self._hooks[StudentGradient]):
-                chain = self._wrapped(name, plugin, context, chain)
+        self._passes = 0
+        if role == "student":
+            chain = self.hooks.student_gradient(model, loss_fn, batch, params, plain)
         loss = chain().detach()
         if all(parameter.grad is None for parameter in params):
             raise ContractError(
                 f"a {role} update reached none of its {len(params)} parameters; the loss does not "
                 "depend on what the optimizers own"
             )
-        self._step(params, optimizers, clip)
+        self._step(params, optimizers, clip, changed=chain is not plain)
         return Step(role, loss)
 
     def apply(
@@ -273,7 +224,7 @@ class RunContext:
             optimizers: own the parameters that move.
             loss: what is written into the curves and checked for NaN.
         """
-        params = self._params(optimizers)
+        params = parameters_of(optimizers)
         owned = {id(parameter) for parameter in params}
         strange = [p for p in grads if id(p) not in owned]
         if strange:
@@ -285,27 +236,15 @@ class RunContext:
         for parameter, grad in grads.items():
             parameter.grad = grad.detach()
         self._took(role)
-        self._step(params, optimizers, None)
+        self._step(params, optimizers, None, changed=True)
         return Step(role, None if loss is None else loss.detach())
-
-    def wrapping(self, roles: Collection[Role]) -> set[str]:
-        """Plug-ins that wrap updates of one of these roles."""
-        return {
-            name
-            for hook, role in _WRAPPED.items()
-            if role in roles
-            for name, _ in self._hooks[hook]
-        }
-
-    def uncalled(self) -> list[str]:
-        """Plug-ins that were not called although an update of a role that they wrap took place."""
-        return sorted(self.wrapping(self.roles) - self.called)
 
     def _took(self, role: Role) -> None:
         # A misspelt role would silently escape every plug-in.
         if role not in get_args(Role):
             raise ContractError(f"got role {role!r}, expected one of {', '.join(get_args(Role))}")
-        self.roles.add(role)
+        self.hooks.roles.add(role)
+        self.updating = role
 
     def _backward(
         self,
@@ -316,22 +255,19 @@ class RunContext:
         params: list[nn.Parameter],
         accumulate: int,
     ) -> Loss:
-        if accumulate == 1:
-            loss = self._evaluate(role, model, loss_fn, batch)
-            loss.total.backward(inputs=params)
-            return loss.detach()
-        size = len(batch)
-        if accumulate < 1 or size == 0:
-            raise ContractError(f"got accumulate={accumulate} for a batch of {size} rows")
-        parts = []
-        # A plug-in may have left fewer rows than slices were asked for.
-        for rows in torch.arange(size).chunk(min(accumulate, size)):
-            part = batch.rows(slice(int(rows[0]), int(rows[-1]) + 1))
-            loss = self._evaluate(role, model, loss_fn, part)
-            share = len(rows) / size
-            (loss.total * share).backward(inputs=params)
-            parts.append((share, loss.detach()))
-        return _joined(parts)
+        def run(on: Batch, share: float) -> Loss:
+            loss = self._evaluate(role, model, loss_fn, on)
+            with full_precision(self.device):
+                (loss.total if share == 1.0 else loss.total * share).backward(inputs=params)
+            return loss
+
+        def everywhere(on: Batch, share: float) -> Loss:
+            self._passes += 1
+            seed = seeding.derive(self.seed, f"update {self.progress.steps}/{self._passes}")
+            named = {"": self.rng, **self._generators}
+            return over_processes(on, partial(run, share=share), seed, named)
+
+        return accumulated(batch, accumulate, everywhere)
 
     def _evaluate(self, role: Role, model: nn.Module, loss_fn: LossFn, batch: Batch) -> Loss:
         loss = loss_fn(model, batch)
@@ -340,77 +276,29 @@ class RunContext:
                 "a plug-in set weights on the batch and the loss did not use them; reduce "
                 "per-sample losses by batch.mean(...)"
             )
-        if role == "source":
-            for name, plugin in self._hooks[SourceTerms]:
-                loss = loss.plus(plugin.source_terms(loss, batch))
-                self.called.add(name)
-        return loss
-
-    def _wrapped(
-        self,
-        name: str,
-        plugin: StudentGradient,
-        context: StudentUpdate,
-        following: Following,
-    ) -> Following:
-        def call(on: Batch | None = None) -> Loss:
-            self.called.add(name)
-            seen = context if on is None else replace(context, batch=on)
-
-            def inner(other: Batch | None = None) -> Loss:
-                return following(seen.batch if other is None else other)
-
-            return plugin.student_gradient(seen, inner)
-
-        return call
-
-    def _student_optimizers(
-        self, model: nn.Module, given: tuple[Optimizer, ...], clip: float | None
-    ) -> tuple[tuple[Optimizer, ...], float | None]:
-        """What plug-ins step instead; optimizers of other modules stay with the method."""
-        if not self._hooks[StudentOptimizers]:
-            return given, clip
-        owned = {id(parameter) for parameter in model.parameters()}
-        of_student = tuple(o for o in given if any(id(p) in owned for p in self._params([o])))
-        others = tuple(o for o in given if o not in of_student)
-        for name, plugin in self._hooks[StudentOptimizers]:
-            chosen, clip = plugin.student_optimizers(of_student, clip)
-            of_student = tuple(chosen)
-            self.called.add(name)
-        return (*of_student, *others), clip
+        return self.hooks.source_terms(loss, batch) if role == "source" else loss
 
     def _step(
-        self, params: list[nn.Parameter], optimizers: Sequence[Optimizer], clip: float | None
+        self,
+        params: list[nn.Parameter],
+        optimizers: Sequence[Optimizer],
+        clip: float | None,
+        *,
+        changed: bool,
     ) -> None:
-        self._reduce(params)
+        if changed:
+            self._reduce(params)
         if clip is not None:
             nn.utils.clip_grad_norm_(params, clip)
         for optimizer in optimizers:
-            optimizer.step()
-            for entry in self._optimizers.values():
-                if entry.optimizer is optimizer:
-                    entry.stepped()
+            with full_precision(self.device):
+                optimizer.step()
+            self._optimizers.stepped(optimizer)
         # Gradients are not needed between steps; keeping them would double a net's memory.
         for parameter in params:
             parameter.grad = None
         self.progress.steps += 1
         self.progress.round_steps += 1
-
-    @staticmethod
-    def _params(optimizers: Sequence[Optimizer]) -> list[nn.Parameter]:
-        if not optimizers:
-            raise ContractError("an update got no optimizer; name the one that owns what moves")
-        seen: dict[int, nn.Parameter] = {}
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter.requires_grad:
-                        seen[id(parameter)] = parameter
-        if not seen:
-            raise ContractError(
-                "an update's optimizers hold no parameter that takes a gradient; unfreeze some"
-            )
-        return list(seen.values())
 
     # State
 
@@ -427,11 +315,8 @@ class RunContext:
             },
             "rng": self.rng.get_state(),
             "generators": {name: made.get_state() for name, made in self._generators.items()},
-            "optimizers": {
-                name: {"steps": entry.steps, "state": entry.optimizer.state_dict()}
-                for name, entry in self._optimizers.items()
-            },
-            "called": sorted(self.called),
+            "optimizers": self._optimizers.state(),
+            "called": sorted(self.hooks.called),
         }
 
     def restore(self, state: Mapping[str, Any], *, complete: bool) -> None:
@@ -449,97 +334,5 @@ class RunContext:
         for name, made in self._generators.items():
             if name in self._saved_generators:
                 made.set_state(self._saved_generators[name])
-        self._saved_optimizers = dict(state["optimizers"])
-        self.called = set(state["called"])
-        for name in self._optimizers:
-            if name in self._saved_optimizers:
-                self._restore_optimizer(name)
-        missing = sorted(set(self._saved_optimizers) - set(self._optimizers))
-        if complete and missing:
-            raise CheckpointError(
-                f"the checkpoint holds optimizers {missing} that this run does not ask for; it is "
-                "of another method or version"
-            )
-
-    def _restore_optimizer(self, name: str) -> None:
-        saved, entry = self._saved_optimizers[name], self._optimizers[name]
-        try:
-            entry.optimizer.load_state_dict(saved["state"])
-        except ValueError as error:
-            raise CheckpointError(
-                f"optimizer {name!r} does not fit the checkpoint: {error}"
-            ) from error
-        # Fused kernels walk memory as it lies: moments must lie as their weight does, also for
-        # channels-last weights, whose layout a checkpoint does not keep.
-        for weight, values in entry.optimizer.state.items():
-            for key, value in values.items():
-                if isinstance(value, Tensor) and value.shape == weight.shape:
-                    values[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
-        entry.steps = int(saved["steps"])
-
-
-def _joined(parts: Sequence[tuple[float, Loss]]) -> Loss:
-    """One loss for the slices of an accumulated batch: weighted means, rows in order."""
-
-    def mean(values: Iterable[Tensor]) -> Tensor:
-        return torch.stack(
-            [share * value for (share, _), value in zip(parts, values, strict=True)]
-        ).sum()
-
-    losses = [loss for _, loss in parts]
-    terms = {name: mean(loss.terms[name] for loss in losses) for name in losses[0].terms}
-
-    def rows(values: Sequence[Inputs | None]) -> Inputs | None:
-        present = [value for value in values if value is not None]
-        return fold(join_rows, present) if len(present) == len(losses) else None
-
-    def logits(answers: Sequence[Prediction | None]) -> Prediction | None:
-        present = [answer.logits for answer in answers if answer is not None]
-        return Prediction(torch.cat(present)) if len(present) == len(losses) else None
-
-    return Loss(
-        terms,
-        mean(loss.total for loss in losses),
-        rows([loss.inputs for loss in losses]),
-        logits([loss.teacher for loss in losses]),
-        logits([loss.student for loss in losses]),
-    )
-
-
-class ScopedContext:
-    """The context as a plug-in sees it: its names do not meet the method's or another plug-in's."""
-
-    def __init__(self, ctx: RunContext, scope: str) -> None:
-        self._ctx = ctx
-        self._scope = scope
-
-    @property
-    def rng(self) -> torch.Generator:
-        """A stream of the plug-in's own: what it draws changes nothing that the method draws."""
-        return self.generator("rng")
-
-    @property
-    def progress(self) -> Progress:
-        """How far the run is."""
-        return self._ctx.progress
-
-    @property
-    def device(self) -> torch.device:
-        """Where the run computes."""
-        return self._ctx.device
-
-    def generator(self, name: str) -> torch.Generator:
-        """A further stream of the plug-in's own."""
-        return self._ctx.generator(f"{self._scope}/{name}")
-
-    def optimizer(
-        self,
-        name: str,
-        params: Iterable[nn.Parameter],
-        factory: OptimizerFactory,
-        schedule: Schedule | None = None,
-        *,
-        fresh: bool = False,
-    ) -> Optimizer:
-        """An optimizer of the plug-in's own."""
-        return self._ctx.optimizer(f"{self._scope}/{name}", params, factory, schedule, fresh=fresh)
+        self.hooks.called = set(state["called"])
+        self._optimizers.restore(state["optimizers"], complete=complete)

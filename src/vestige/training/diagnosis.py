@@ -2,8 +2,8 @@
 
 Everything comes from the batches that the student is trained on anyway: before an update the batch
 is fresh, so the student's agreement with the teacher on it is an honest score, and the teacher's
-answers on it tell which classes the source makes. Rows that a method replays are counted with the
-rest, although they are not fresh.
+answers on it tell which classes the source makes. Rows that a method replays are left out where it
+says which they are (`Loss.fresh`).
 """
 
 import math
@@ -75,11 +75,13 @@ class Diagnosis:
         if teacher.shape[1] != self.num_classes:
             return
         answers = teacher.argmax(1)
-        agreed = (answers == student.argmax(1)).double().mean()
+        counted = torch.ones_like(answers, dtype=torch.float64)
+        if loss.fresh is not None:
+            # A product, not a selection: how many rows are left must not be read off the device.
+            counted = counted * loss.fresh.view(-1, *(1,) * (answers.dim() - 1))
+        agreed = ((answers == student.argmax(1)) * counted).sum() / counted.sum().clamp_min(1)
         counts = torch.zeros(self.num_classes, dtype=torch.float64, device=answers.device)
-        counts.scatter_add_(
-            0, answers.flatten(), torch.ones_like(answers.flatten(), dtype=torch.float64)
-        )
+        counts.scatter_add_(0, answers.flatten(), counted.flatten())
         self._counts = counts if self._counts is None else self._counts + counts
         self._agreed = agreed if self._agreed is None else self._agreed + agreed
         self._seen += 1
@@ -215,7 +217,7 @@ _CHECKS: Mapping[str, Callable[[Sequence[RoundRecord]], str | None]] = {
     "modes-differ": _modes_differ,
 }
 # Each with the setting that it turns; those that a method lacks are not named.
-_BN = ("bn_weight", "raise config.bn_weight (for example to 1)")
+_BN = ("bn_weight", "raise config.bn_weight (for example to 1, with relative units to 10)")
 _BALANCE = ("balance_weight", "raise config.balance_weight (for example to 1)")
 _REPLAY = ("replay", "set config.replay (for example to 0.5)")
 _KNOBS: Mapping[str, Sequence[tuple[str, str]]] = {

@@ -1,5 +1,6 @@
 """Files that are never half-written under their final name."""
 
+import errno
 import hashlib
 import json
 import os
@@ -10,24 +11,56 @@ from typing import Any
 
 from torch import Tensor
 
-from vestige.errors import RecipeError
+from vestige.errors import RecipeError, StorageError
 
 LOCK = ".lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file that could not be written, and what to do.
+
+    Raises:
+        StorageError: for any OSError inside the block; it has the same `errno`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        remedy = "see that nothing is in the way there"
+        if error.errno in _FULL:
+            remedy = "free some space"
+        elif error.errno in _CLOSED:
+            remedy = "make the folder writable, or name another one"
+        told = StorageError(
+            f"could not write {path}: {error.strerror or error}; {remedy}. What was written before "
+            "is whole, and a run goes on from its last checkpoint with --resume"
+        )
+        told.errno = error.errno
+        raise told from error
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write to a temporary name in the same folder, flush to disk, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write to a temporary name in the same folder, flush to disk, then rename.
+
+    Raises:
+        StorageError: it cannot be written; a file that was there before stays as it was.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -38,6 +71,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """`write_text` of indented JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The mapping in a JSON file; None where it is missing, damaged or holds something else."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def tensors_to_bytes(

@@ -16,6 +16,7 @@ from vestige.training.files import write_bytes
 PAPER = 255
 _CAPTION_INK = 60
 _CAPTION_LENGTH = 24
+_STRIP_SIDE, _STRIP_GAP, _STRIP_LINE = 112, 16, 22
 
 
 def contact_sheet(
@@ -66,6 +67,44 @@ def contact_sheet(
     return sheet
 
 
+def time_strip(columns: Sequence[tuple[str, Tensor, Sequence[str]]]) -> NDArray[np.uint8]:
+    """Lay moments side by side on white paper, each a column of captioned images.
+
+    Args:
+        columns: heading, images (n, C, H, W) uint8 with C 1 or 3, and a caption for each image; all
+            images are of one size.
+
+    Returns:
+        (height, width, 3) uint8.
+
+    Raises:
+        ShapeError: there is no column, or images and captions do not fit the above.
+    """
+    if not columns:
+        raise ShapeError("got no columns, expected at least one moment; draw nothing instead")
+    scale = max(1, _STRIP_SIDE // columns[0][1].shape[-1])
+    for _, images, captions in columns:
+        _check(images, 1, scale, captions, 0)
+    drawn = [_tiles(images.float() / 255, scale) for _, images, _ in columns]
+    height, width = drawn[0].shape[1:3]
+    cell, line = max(width, _STRIP_SIDE) + _STRIP_GAP, _STRIP_LINE
+    rows = max(len(tiles) for tiles in drawn)
+    shape = (line + rows * (height + line), len(columns) * cell - _STRIP_GAP, 3)
+    sheet = np.full(shape, PAPER, dtype=np.uint8)
+
+    for number, ((heading, _, captions), tiles) in enumerate(zip(columns, drawn, strict=True)):
+        left = number * cell
+        # The last column has no gap behind it that a long caption could reach into.
+        room = min(cell, sheet.shape[1] - left) - 2
+        for index, strip in enumerate(_captions([heading, *captions], line)):
+            top, cut = index * (height + line), strip[:, :room]
+            sheet[top : top + line, left : left + cut.shape[1]] = cut[..., None]
+        for index, tile in enumerate(tiles):
+            top = line + index * (height + line)
+            sheet[top : top + height, left : left + width] = tile
+    return sheet
+
+
 def save_png(array: NDArray[np.uint8], path: Path) -> None:
     """Write a picture as PNG; `path` holds either the whole picture or what it held before.
 
@@ -76,6 +115,11 @@ def save_png(array: NDArray[np.uint8], path: Path) -> None:
     Raises:
         ShapeError: the array is none of these.
     """
+    write_bytes(path, png(array))
+
+
+def png(array: NDArray[np.uint8]) -> bytes:
+    """The bytes of a picture as PNG; arguments and errors as for `save_png`."""
     pixels = array[..., None] if array.ndim == 2 else array
     colour_types = {1: 0, 3: 2, 4: 6}
     if pixels.ndim != 3 or pixels.shape[2] not in colour_types or not pixels.size:
@@ -91,10 +135,7 @@ def save_png(array: NDArray[np.uint8], path: Path) -> None:
     lines = np.zeros((height, 1 + width * channels), dtype=np.uint8)
     lines[:, 1:] = pixels.reshape(height, -1)
     body = zlib.compress(lines.tobytes(), 9)
-    write_bytes(
-        path,
-        b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", body) + _chunk(b"IEND"),
-    )
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", body) + _chunk(b"IEND")
 
 
 def _check(

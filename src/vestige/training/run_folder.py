@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vestige.training.tables import mapping, sequence
+
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
@@ -22,6 +24,8 @@ class RunFolder:
         samples: bytes of a whole `samples.png`, or None.
         arms: sub-runs under `arms/` by folder name.
         notes: one sentence for each thing that is missing or damaged.
+        evaluation: `evaluation.json`, or empty.
+        over_time: bytes of a whole `samples-over-time.png`, or None.
     """
 
     name: str
@@ -32,6 +36,17 @@ class RunFolder:
     samples: bytes | None
     arms: dict[str, "RunFolder"] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    over_time: bytes | None = None
+
+    @property
+    def headline(self) -> "RunFolder":
+        """The arm that the run is known by, or the run itself."""
+        for item in sequence(self.summary.get("arm_details")):
+            row = mapping(item)
+            if row.get("headline") is True:
+                return self.arms.get(str(row.get("name")), self)
+        return self
 
 
 def read_run(folder: Path, *, sub_run: bool = False) -> RunFolder:
@@ -57,6 +72,9 @@ def read_run(folder: Path, *, sub_run: bool = False) -> RunFolder:
         samples=_read_png(folder / "samples.png", notes, needed=not (gathers or sub_run)),
         arms=arms,
         notes=notes,
+        # Not every task and input has them, and older runs do not.
+        evaluation=_read_json(folder / "evaluation.json", notes, needed=False),
+        over_time=_read_png(folder / "samples-over-time.png", notes, needed=False),
     )
 
 

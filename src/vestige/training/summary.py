@@ -1,23 +1,25 @@
 """The files that a finished run leaves: summary, student, samples, report."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from vestige.core import parallel
 from vestige.core.protocols import Task
 from vestige.core.types import count_parameters
 from vestige.training import runtime
 from vestige.training.diagnosis import Finding
 from vestige.training.files import tensors_to_bytes, write_bytes, write_json, write_text
-from vestige.training.pictures import contact_sheet, save_png
-from vestige.training.trainer import Outcome
+from vestige.training.moments import drawable
+from vestige.training.outcome import Outcome
+from vestige.training.pictures import contact_sheet, save_png, time_strip
 
 _SHEET_COLUMNS, _SHEET_CLASSES = 10, 20
-_DRAWN_CHANNELS = (1, 3)
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,16 @@ class RealData:
     purpose: str
     images: int
     fingerprint: str
+
+
+def tensors_fingerprint(*tensors: Tensor) -> str:
+    """sha256 in hex of dtypes, shapes and bytes, whatever the device."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(f"{plain.dtype} {tuple(plain.shape)} ".encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,7 @@ def write_start(out: Path, facts: RunFacts) -> None:
             "seed": facts.seed,
             "versions": runtime.versions(),
             "machine": runtime.machine(),
+            "processes": parallel.world(),
             "teacher_fingerprint": facts.teacher_fingerprint,
             "teacher_trained_on": facts.teacher_trained_on,
             "real_data": [asdict(item) for item in facts.real_data],
@@ -149,6 +162,44 @@ def write_student(out: Path, student: nn.Module, card: Mapping[str, Any]) -> Non
     write_json(out / "student.json", {"schema": 1, **card, "weights": "student.safetensors"})
 
 
+def write_details(
+    out: Path, details: Mapping[str, Any], outcome: Outcome, task: Task, classes: Sequence[str]
+) -> None:
+    """evaluation.json, schema 1: what the task tells about the student at the last step."""
+    write_json(
+        out / "evaluation.json",
+        {
+            "schema": 1,
+            "task": task.kind,
+            "metric": task.metric,
+            "step": outcome.steps,
+            "classes": list(classes),
+            **details,
+        },
+    )
+
+
+def write_samples_over_time(out: Path, outcome: Outcome, classes: Sequence[str]) -> bool:
+    """samples-over-time.png: one column per moment, the teacher's class under each input.
+
+    Returns:
+        False if there is nothing to show.
+    """
+    if not outcome.moments:
+        return False
+    loops = {moment.loop for moment in outcome.moments}
+    columns = [
+        (
+            f"round {one.round}" if len(loops) == 1 else f"{one.loop} {one.round}",
+            one.images,
+            [_class_name(int(label), classes) for label in one.classes],
+        )
+        for one in outcome.moments
+    ]
+    save_png(time_strip(columns), out / "samples-over-time.png")
+    return True
+
+
 def write_samples(out: Path, outcome: Outcome, task: Task, classes: Sequence[str]) -> bool:
     """samples.png: the latest inputs, one row per class that the teacher saw in them.
 
@@ -157,8 +208,7 @@ def write_samples(out: Path, outcome: Outcome, task: Task, classes: Sequence[str
     Returns:
         False if there is nothing to show.
     """
-    shape = task.spec.shape
-    if outcome.samples is None or task.spec.kind != "image" or shape[0] not in _DRAWN_CHANNELS:
+    if outcome.samples is None or not drawable(task.spec):
         return False
     inputs, answers = outcome.samples
     answers = answers.cpu()
@@ -166,9 +216,12 @@ def write_samples(out: Path, outcome: Outcome, task: Task, classes: Sequence[str
     shown = counts.argsort(descending=True, stable=True)[:_SHEET_CLASSES].sort().values
     index = torch.cat([(answers == label).nonzero()[:, 0][:_SHEET_COLUMNS] for label in shown])
     images = task.spec.denormalize(inputs[index.to(inputs.device)].float().cpu())
-    labels = [int(label) for label in answers[index]]
-    names = [classes[label] if label < len(classes) else str(label) for label in labels]
+    names = [_class_name(int(label), classes) for label in answers[index]]
     scale = max(1, 64 // images.shape[-1])
     sheet = contact_sheet(images, columns=_SHEET_COLUMNS, scale=scale, labels=names)
     save_png(sheet, out / "samples.png")
     return True
+
+
+def _class_name(label: int, classes: Sequence[str]) -> str:
+    return classes[label] if label < len(classes) else str(label)

@@ -176,6 +176,17 @@ def format_seconds(value: float) -> str:
     return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
+def interval_95(share: float, count: float) -> tuple[float, float]:
+    """Wilson's interval for a share seen in `count` draws; NaN where either is not known."""
+    if not (0 <= share <= 1 and count > 0 and math.isfinite(count)):
+        return math.nan, math.nan
+    z = 1.959964
+    middle = share + z * z / (2 * count)
+    reach = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    whole = 1 + z * z / count
+    return max(0.0, (middle - reach) / whole), min(1.0, (middle + reach) / whole)
+
+
 def number(value: object) -> float:
     """A number read from JSON, or NaN."""
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -1,0 +1,1 @@
+"""Federated clients, on Flower; at present the template of an app folder."""

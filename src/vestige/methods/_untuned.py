@@ -1,0 +1,100 @@
+"""Settings for networks and inputs that nobody tuned: what the methods' `suggest` have in common.
+
+All of it is our choice and no paper's, set on ConvNets and LeNet-5 that were trained on MNIST,
+Fashion-MNIST and CIFAR-10.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from vestige.core import seeding
+from vestige.core.protocols import Task, Teacher
+from vestige.models.cost import forward_flops, iterations_for
+from vestige.models.probes import batchnorm_layers
+
+_ADVERSARIAL: Mapping[str, Any] = {
+    "student_steps": 5,
+    "batch_size": 64,
+    "student_optimizer": "adam",
+    "student_lr": 1e-2,
+    "student_weight_decay": 0.0,
+    "generator_lr": 5e-3,
+    "schedule": "cosine",
+    "generator": "pyramid",
+    "latent_dim": 100,
+    "units": "relative",
+}
+_WITH_STATISTICS: Mapping[str, Any] = {"bn_weight": 10.0}
+_WITHOUT_STATISTICS: Mapping[str, Any] = {
+    "balance_weight": 5.0,
+    "one_hot_weight": 1.0,
+    "replay": 0.5,
+    "student_lr": 4e-3,
+}
+_ROUNDS, _BATCH_SIZE, _SMALL_AREA = 40, 64, 48 * 48
+
+
+def adversarial(
+    task: Task,
+    teacher: Teacher,
+    student: nn.Module,
+    make_generator: Callable[[Mapping[str, Any]], nn.Module],
+) -> Mapping[str, Any]:
+    """For a generator against a student.
+
+    The generator fits any size of image and makes what the teacher takes. The number of iterations
+    follows from the arithmetic of the three networks. A teacher with BatchNorm is asked for its
+    statistics; one without gives less to hold on to, so the batch is spread over the classes, fakes
+    are to be clear, and part of them is replayed.
+
+    Args:
+        task: classification of images, or nothing is suggested.
+        teacher: a network, or nothing is suggested.
+        student: on the device of the run.
+        make_generator: from settings.
+    """
+    spec = task.spec
+    if not isinstance(teacher, nn.Module):
+        return {}
+    if task.kind != "classification" or len(spec.shape) != 3:
+        return {}
+    statistics = _WITH_STATISTICS if batchnorm_layers(teacher) else _WITHOUT_STATISTICS
+    chosen = {
+        **_ADVERSARIAL,
+        **statistics,
+        "generator_width": 16 if spec.shape[1] * spec.shape[2] <= _SMALL_AREA else 8,
+        # Pixels lie in [0, 1] before they are normalised; other inputs have no known range.
+        "generator_head": "sigmoid" if spec.kind == "image" else "tanh_bn",
+    }
+    with seeding.preserved():
+        generator = forward_flops(make_generator(chosen), (chosen["latent_dim"],))
+    # A backward to the input costs a forward, a full one two.
+    steps = chosen["student_steps"]
+    # Counted twice: its BatchNorms and upsamplings of large maps were seen to take as long again.
+    row = 2 * generator * (steps + 3)
+    row += forward_flops(teacher, spec.shape) * (steps + 2)
+    row += forward_flops(student, spec.shape) * (3 * steps + 2)
+    return {**chosen, **length(row, student, fewest=80, wanted=400, most=2400)}
+
+
+def length(
+    row: float, student: nn.Module, *, fewest: int, wanted: int, most: int
+) -> dict[str, int]:
+    """Batch size, rounds and iterations for about four minutes on two cores, within limits.
+
+    Args:
+        row: floating-point operations of one iteration on one row.
+        student: tells the device.
+        fewest: iterations, however long they take.
+        wanted: iterations for which the batch is made smaller, down to 16 rows.
+        most: iterations, however quick they are.
+    """
+    device = next((weight.device for weight in student.parameters()), torch.device("cpu"))
+    batch_size = _BATCH_SIZE
+    while batch_size > 16 and iterations_for(row * batch_size, device) < wanted:
+        batch_size //= 2
+    total = min(most, max(fewest, iterations_for(row * batch_size, device)))
+    return {"batch_size": batch_size, "rounds": _ROUNDS, "iterations": -(-total // _ROUNDS)}

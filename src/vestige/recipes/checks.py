@@ -1,0 +1,289 @@
+"""What is wrong with a recipe, found without building anything; each problem is one line."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from vestige.core.types import Access
+from vestige.errors import RecipeError
+from vestige.models.factory import list_generators, model_arguments
+from vestige.recipes.catalog import METHODS, PLUGINS, TASKS
+from vestige.recipes.files import DEEPEST, MOST_VALUES, near, short
+from vestige.recipes.teacher import load_teacher_recipe
+from vestige.teachers.loading import KEYS as TEACHER_KEYS
+from vestige.teachers.loading import KINDS as TEACHER_KINDS
+from vestige.teachers.loading import SCHEMES, builtin_teachers
+
+if TYPE_CHECKING:
+    from vestige.recipes.schema import Recipe
+
+
+def form_problems(value: Any) -> Iterator[str]:
+    """Keys and values that a recipe cannot hold wherever they stand, so that it could not be kept.
+
+    What comes from a file was refused there with its line; this is for what comes from Python.
+    """
+    waiting: list[tuple[str, Any, int]] = [("", value, 1)]
+    for _ in range(MOST_VALUES):
+        if not waiting:
+            return
+        where, found, depth = waiting.pop()
+        if depth > DEEPEST:
+            yield f"{where}: got more than {DEEPEST} levels; nest less deeply"
+            return
+        if isinstance(found, Mapping):
+            for key, item in found.items():
+                if not isinstance(key, str):
+                    yield f"{where or 'recipe'}: got the key {short(key)}, expected text"
+                else:
+                    waiting.append((f"{where}.{key}" if where else key, item, depth + 1))
+        elif isinstance(found, list | tuple):
+            waiting.extend((f"{where}.{i}", item, depth + 1) for i, item in enumerate(found))
+        elif isinstance(found, int) and found.bit_length() > 64:
+            yield f"{where}: got a number of {found.bit_length()} bits; write a smaller one"
+        elif not isinstance(found, str | int | float | PathLike | BaseModel | None):
+            yield (
+                f"{where}: got {short(found)}, expected text, a number, true, false, null, a list "
+                "or a mapping"
+            )
+    yield f"got more than {MOST_VALUES} values; repeat less"
+
+
+def explain(error: ValidationError, model: type[BaseModel], where: str) -> Iterator[str]:
+    """One line per mistake that pydantic found, with the nearest valid key."""
+    for problem in error.errors():
+        yield _line(problem, model, where)
+
+
+def _line(problem: Any, model: type[BaseModel], where: str) -> str:
+    path = ".".join([*([where] if where else []), *map(str, problem["loc"])])
+    if problem["type"] == "extra_forbidden":
+        owner = _model_at(model, problem["loc"][:-1])
+        valid = list(owner.model_fields) if owner else []
+        return f"{path}: no such key{near(str(problem['loc'][-1]), valid)}"
+    if problem["type"] == "missing":
+        return f"{path}: is missing"
+    return f"{path}: got {short(problem['input'])}; {problem['msg']}"
+
+
+def config_problems(raw: Mapping[str, Any]) -> Iterator[str]:
+    """Mistakes in settings that belong to methods and plug-ins, as far as they can be found.
+
+    Each is told once and where it was made: in `shared`, in `config`, or in an arm's own config.
+    """
+    shared, config = _mapping(raw.get("shared")), _mapping(raw.get("config"))
+    runs: list[tuple[str, Any, list[tuple[str, Mapping[str, Any]]]]] = [
+        ("", raw.get("method"), [("shared", shared), ("config", config)])
+    ]
+    plugins = [("plugins", raw.get("plugins"))]
+    for name, given in _mapping(raw.get("arms")).items():
+        where, arm = f"arms.{name}", _mapping(given)
+        method = arm.get("method") or raw.get("method")
+        same = method == raw.get("method")
+        own = [(f"{where}.config", _mapping(arm.get("config")))]
+        inherited = [("shared", shared), *([("config", config)] if same else [])]
+        runs.append((f"{where}.", method, inherited + own))
+        plugins.append((f"{where}.plugins", arm.get("plugins")))
+    seen: set[str] = set()
+    for where, method, layers in runs:
+        if not isinstance(method, str):
+            continue
+        try:
+            found = _try(METHODS.get(method).Config, layers)
+        except RecipeError as error:
+            inherited_method = where and method == raw.get("method")
+            found = [] if inherited_method else [f"{where}method: {error}"]
+        # Of the layers that arms inherit, the same mistake is found for every arm.
+        yield from (problem for problem in found if problem not in seen)
+        seen.update(found)
+    for where, listed in plugins:
+        yield from _plugin_problems(where, listed)
+
+
+def _plugin_problems(where: str, listed: Any) -> Iterator[str]:
+    names = []
+    for index, plugin in enumerate(listed if isinstance(listed, list | tuple) else ()):
+        name = _mapping(plugin).get("name")
+        if not isinstance(name, str):
+            continue
+        if name in names:
+            yield f"{where}.{index}.name: {name!r} is named twice; name it once"
+        names.append(name)
+        try:
+            settings = PLUGINS.get(name).Config
+        except RecipeError as error:
+            yield f"{where}.{index}.name: {error}"
+            continue
+        yield from _try(settings, [(f"{where}.{index}.config", _mapping(plugin.get("config")))])
+
+
+def network_problems(raw: Mapping[str, Any]) -> Iterator[str]:
+    """Networks, generators and teachers that do not exist, and arguments that they do not take."""
+    yield from _model_problems("student", "name", _mapping(raw.get("student")))
+    yield from _teacher_problems("teacher", raw.get("teacher"))
+    more = raw.get("more_teachers")
+    for index, teacher in enumerate(more if isinstance(more, list | tuple) else ()):
+        yield from _teacher_problems(f"more_teachers.{index}", teacher)
+    for where, sources in [
+        ("sources", raw.get("sources")),
+        *(
+            (f"arms.{name}.sources", _mapping(arm).get("sources"))
+            for name, arm in _mapping(raw.get("arms")).items()
+        ),
+    ]:
+        for name, source in _mapping(sources).items():
+            generator = _mapping(source).get("generator", "upsample")
+            valid = [known for known, _ in list_generators()]
+            if isinstance(generator, str) and generator not in valid:
+                yield f"{where}.{name}.generator: got {short(generator)}{near(generator, valid)}"
+
+
+def _teacher_problems(where: str, teacher: Any) -> Iterator[str]:
+    if isinstance(teacher, Mapping):
+        for key in teacher:
+            if key not in TEACHER_KEYS:
+                yield f"{where}.{key}: no such key{near(str(key), TEACHER_KEYS)}"
+        if len(set(teacher) & set(TEACHER_KINDS)) != 1:
+            yield f"{where}: give exactly one of {', '.join(map(repr, TEACHER_KINDS))}"
+        yield from _model_problems(where, "model", teacher)
+        members = teacher.get("ensemble")
+        for index, member in enumerate(members if isinstance(members, list | tuple) else ()):
+            yield from _teacher_problems(f"{where}.ensemble.{index}", member)
+    elif isinstance(teacher, str):
+        scheme, _, name = teacher.partition(":")
+        if scheme == "recipe":
+            try:
+                load_teacher_recipe(name)
+            except RecipeError as error:
+                yield f"{where}: {error}"
+        elif scheme in SCHEMES[1:] or teacher.endswith(".json"):
+            return
+        elif scheme != "builtin" or name not in builtin_teachers():
+            known = [f"builtin:{known}" for known in builtin_teachers()]
+            yield (
+                f"{where}: got {short(teacher)}, expected 'recipe:NAME', 'timm:NAME', 'hf:NAME', a "
+                f"student.json, a mapping or one of "
+                f"{', '.join(known)}{near(teacher, known, listed=False)}"
+            )
+
+
+def _model_problems(where: str, key: str, network: Mapping[str, Any]) -> Iterator[str]:
+    name = network.get(key)
+    if not isinstance(name, str):
+        return
+    try:
+        valid = model_arguments(name)
+    except RecipeError as error:
+        yield f"{where}.{key}: {error}"
+        return
+    for argument in _mapping(network.get("args")):
+        if argument not in valid:
+            yield f"{where}.args.{argument}: no such key{near(str(argument), valid)}"
+
+
+def requirement_problems(recipe: "Recipe") -> Iterator[str]:
+    """What the parts of a recipe ask of one another, for the main run and for every arm."""
+    for name in recipe.arms:
+        # An arm's name is that of its folder.
+        if name in ("", ".", "..") or not name.isprintable() or set(name) & set("/\\"):
+            yield f"arms.{name}: cannot be the name of a folder; use letters, digits and hyphens"
+    for key in ("headline", "baseline", "reference"):
+        arm = getattr(recipe, key)
+        if arm is not None and arm not in recipe.arms:
+            yield f"{key}: got {arm!r}, expected one of the arms {', '.join(recipe.arms) or 'none'}"
+    for where, run in [("", recipe), *((f"arms.{n}.", recipe.arm(n)) for n in recipe.arms)]:
+        try:
+            requires = METHODS.get(run.method).requires
+        except RecipeError:
+            continue  # told by config_problems
+        allowed = {*requires.sources, *requires.optional_sources}
+        for name in requires.sources:
+            if name not in run.sources:
+                yield f"{where}sources: {run.method!r} needs the source {name!r}; describe it"
+        for name in run.sources:
+            if name not in allowed:
+                yield (
+                    f"{where}sources.{name}: {run.method!r} takes "
+                    f"{', '.join(sorted(allowed)) or 'no sources'}{near(name, sorted(allowed))}"
+                )
+        for name, source in run.sources.items():
+            if source.kind == "images" and source.data is None:
+                yield f"{where}sources.{name}.data: images need the name or folder of a set"
+            if source.kind == "factory" and source.factory is None:
+                yield f"{where}sources.{name}.factory: is missing; 'package.module:callable'"
+        low, high = requires.teachers
+        if not low <= 1 + len(run.more_teachers) <= high:
+            yield (
+                f"{where}more_teachers: {run.method!r} takes {low} to {high} teachers, "
+                f"got {1 + len(run.more_teachers)}"
+            )
+        if requires.student and run.student is None:
+            yield f"{where}student: {run.method!r} trains one; give its 'name' or 'factory'"
+        if not run.access.covers(requires.access):
+            yield f"{where}access: {run.method!r} needs {requires.access}, got {run.access}"
+        if run.task not in requires.tasks:
+            yield f"{where}task: {run.method!r} serves {', '.join(requires.tasks)}, not {run.task}"
+        for plugin in run.plugins:
+            if {plugin.name, "*"} & set(requires.closed_to):
+                yield f"{where}plugins: {run.method!r} is closed to {plugin.name!r}"
+    student = recipe.student
+    if student is not None and (student.name is None) == (student.factory is None):
+        yield "student: give exactly one of 'name' and 'factory'"
+    if recipe.task not in TASKS.names():
+        yield f"task: got {recipe.task!r}{near(recipe.task, TASKS.names())}"
+    if recipe.query_budget is not None and recipe.access is Access.WHITE_BOX:
+        yield "query_budget: counts for a black box only; set access: scores or labels"
+
+
+def _try(settings: type[BaseModel], layers: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """Mistakes in the merged layers, each under the name of the layer that it came from."""
+    values = {key: value for _, layer in layers for key, value in layer.items()}
+    try:
+        settings.model_validate(values)
+    except ValidationError as error:
+        return [
+            _line(
+                problem,
+                settings,
+                next(
+                    (where for where, layer in reversed(layers) if problem["loc"][0] in layer),
+                    layers[-1][0],
+                )
+                if problem["loc"]
+                else layers[-1][0],
+            )
+            for problem in error.errors()
+        ]
+    return []
+
+
+def listed(problems: Sequence[str]) -> str:
+    """One message about all problems."""
+    head = f"{len(problems)} mistakes" if len(problems) > 1 else "one mistake"
+    return "\n".join([f"the recipe has {head}:", *(f"  - {problem}" for problem in problems)])
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _model_at(model: type[BaseModel], path: Sequence[Any]) -> type[BaseModel] | None:
+    """The model that a path of keys leads to, through optional, list and mapping types."""
+    found: type[BaseModel] | None = model
+    for key in path:
+        if found is None:
+            return None
+        if key in found.model_fields:
+            found = _first_model(found.model_fields[str(key)].annotation)
+    return found
+
+
+def _first_model(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in get_args(annotation):
+        if (found := _first_model(inner)) is not None:
+            return found
+    return None

@@ -1,0 +1,105 @@
+"""The teachers that a recipe names, as far as it shows them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from vestige.core import seeding
+from vestige.core.protocols import Teacher
+from vestige.core.types import Access, InputSpec
+from vestige.errors import RecipeError
+from vestige.recipes.schema import Recipe
+from vestige.recipes.teacher import teacher_from_recipe
+from vestige.teachers.black_box import BlackBoxTeacher
+from vestige.teachers.ensemble import BlackBoxEnsemble, CombinedNetwork, Ensemble
+from vestige.teachers.loading import of_card, open_teacher
+from vestige.teachers.opened import OpenedTeacher
+from vestige.teachers.white_box import WhiteBoxTeacher
+
+_UNKNOWN = "input and num_classes: a teacher without a card needs both in the recipe; add them"
+
+
+@dataclass(frozen=True)
+class LoadedTeacher:
+    """A teacher with what its card says, or the recipe where it has none."""
+
+    module: nn.Module
+    spec: InputSpec
+    num_classes: int
+    classes: tuple[str, ...] = ()
+    trained_on: str = ""
+
+
+def resolve_teachers(recipe: Recipe) -> list[LoadedTeacher]:
+    """The recipe's teachers; all of them take the same inputs."""
+    loaded = []
+    for index, teacher in enumerate((recipe.teacher, *recipe.more_teachers)):
+        # A factory may draw; a resumed run must find the same teacher.
+        with seeding.seeded(recipe.seed, f"teacher {index}"):
+            loaded.append(resolve_teacher(teacher, recipe))
+    for index, one in enumerate(loaded[1:]):
+        if one.spec != loaded[0].spec:
+            raise RecipeError(
+                f"more_teachers.{index}: takes {one.spec}, expected {loaded[0].spec} as the first"
+            )
+    return loaded
+
+
+def resolve_teacher(teacher: str | Mapping[str, Any], recipe: Recipe) -> LoadedTeacher:
+    """One teacher; what its card says must not contradict the recipe."""
+    given = None if recipe.input is None else recipe.input.spec()
+    alone = not recipe.more_teachers
+    if isinstance(teacher, str) and teacher.startswith(("builtin:", "recipe:")):
+        loaded = _known(open_teacher(teacher, openers=_OPENERS))
+        if given is not None and given != loaded.spec:
+            raise RecipeError(
+                f"input: got {given}, expected {loaded.spec} as {teacher} was trained; leave "
+                "'input' out"
+            )
+        # Several teachers may know different classes; `num_classes` is then the student's.
+        if alone and recipe.num_classes not in (None, loaded.num_classes):
+            raise RecipeError(
+                f"num_classes: got {recipe.num_classes}, expected {loaded.num_classes} as "
+                f"{teacher} has; leave it out"
+            )
+        return loaded
+    own = teacher if isinstance(teacher, Mapping) else {}
+    silent = "factory" in own or "model" in own
+    count = own.get("num_classes")
+    if count is None and (alone or silent):
+        count = recipe.num_classes
+    if silent and (count is None or (given is None and own.get("input") is None)):
+        raise RecipeError(_UNKNOWN)
+    return _known(open_teacher(teacher, input_spec=given, num_classes=count, openers=_OPENERS))
+
+
+def _known(opened: OpenedTeacher) -> LoadedTeacher:
+    if opened.spec is None or opened.num_classes is None:
+        raise RecipeError(_UNKNOWN)
+    return LoadedTeacher(
+        opened.module, opened.spec, opened.num_classes, opened.classes, opened.trained_on
+    )
+
+
+def _trained_by_recipe(name: str) -> OpenedTeacher:
+    module, card = teacher_from_recipe(name)
+    return of_card(card, module)
+
+
+_OPENERS = {"recipe": _trained_by_recipe}
+
+
+def shown(module: nn.Module, recipe: Recipe) -> Teacher:
+    """The teacher as far as the recipe's access level shows it; a budget is each member's own."""
+    white = recipe.access is Access.WHITE_BOX
+    if isinstance(module, CombinedNetwork):
+        combine, shares = module.combine, module.shares
+        if white:
+            return Ensemble([*module.members], combine=combine, weights=shares)
+        boxes = [shown(one, recipe) for one in module.members]
+        return BlackBoxEnsemble(boxes, combine=combine, weights=shares)
+    if white:
+        return WhiteBoxTeacher(module)
+    return BlackBoxTeacher(module, access=recipe.access, budget=recipe.query_budget)

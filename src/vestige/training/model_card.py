@@ -1,0 +1,261 @@
+"""The README of a folder for the Hugging Face hub: what a student is, from what, and how good."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from vestige.training.files import write_bytes, write_text
+from vestige.training.run_folder import RunFolder
+
+_PAGE = """\
+---
+{front}---
+
+# {title}
+
+{student} with {parameters} parameters, distilled from a teacher by **{method}** with vestige.
+{learned}
+{stopped}
+## Teacher
+
+{teacher}
+
+## Scores
+
+{scores}
+
+## Real data that was read
+
+{data}
+
+## How it was made
+
+{making}
+
+## How to use it
+
+With vestige, from a copy of this folder:
+
+```python
+import vestige
+
+network = vestige.load_teacher({load})
+```
+
+In plain PyTorch:
+
+```python
+{plain}
+```
+
+{inputs}
+{classes}{samples}"""
+
+
+def write_model_card(
+    folder: Path, run: RunFolder, card: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> None:
+    """README.md and, where the run has them, samples.png.
+
+    Args:
+        folder: beside the weights `model.safetensors` and the card `student.json`.
+        run: what is told of; where a file of it is missing, the page says so.
+        card: contents of the run's student.json.
+        weights: of the student.
+    """
+    if run.samples is not None:
+        write_bytes(folder / "samples.png", run.samples)
+    write_text(folder / "README.md", render(run, card, weights))
+
+
+def render(run: RunFolder, card: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
+    """The page as Markdown with front matter."""
+    summary = run.summary
+    method = str(summary.get("method", "an unknown method"))
+    variant = f" ({summary['variant']})" if summary.get("variant") else ""
+    student = str(card.get("model") or card.get("factory") or card.get("class") or "A network")
+    known = summary.get("student") or {}
+    counted = known.get("parameters") or sum(value.numel() for value in weights.values())
+    learned = "No real data was read to train it: it learned from the teacher alone."
+    if "real_data" not in summary:
+        learned = "What real data was read to train it is not known."
+    elif not _data_free(summary):
+        learned = "It learned from the teacher's answers to real data, which is listed below."
+    stopped = "" if summary.get("complete", True) else "\nA budget stopped the run early.\n"
+    return _PAGE.format(
+        front=yaml.safe_dump(_front(summary, card, method), sort_keys=False, allow_unicode=True),
+        title=run.name,
+        student=f"`{student}`",
+        parameters=f"{counted:,}",
+        method=f"{method}{variant}",
+        learned=learned,
+        stopped=stopped,
+        teacher=_teacher(run),
+        scores=_scores(summary),
+        data=_data(summary),
+        making=_making(run),
+        load=_load(card),
+        plain=_plain(card),
+        inputs=_inputs(card),
+        classes=_classes(card),
+        samples="\nWhat the student learned from:\n\n![synthetic inputs](samples.png)\n"
+        if run.samples is not None
+        else "",
+    )
+
+
+def _front(summary: Mapping[str, Any], card: Mapping[str, Any], method: str) -> dict[str, Any]:
+    tags = ["knowledge-distillation", "vestige", method, *summary.get("plugins", ())]
+    if _data_free(summary):
+        tags.insert(1, "data-free")
+    front: dict[str, Any] = {"library_name": "vestige", "tags": tags}
+    kind = card.get("input", {}).get("kind", "image")
+    images = kind == "image" and summary.get("task") == "classification"
+    if images:
+        front["pipeline_tag"] = "image-classification"
+    score = (summary.get("student") or {}).get("score")
+    judged = [one for one in summary.get("real_data", ()) if one["purpose"] == "evaluation"]
+    if score is not None and judged and images:
+        name, _, split = str(judged[0]["name"]).partition("/")
+        front["model-index"] = [
+            {
+                "name": str(card.get("model") or "student"),
+                "results": [
+                    {
+                        "task": {"type": "image-classification"},
+                        "dataset": {"name": name, "type": name, "split": split or "test"},
+                        "metrics": [{"type": str(summary["metric"]), "value": score}],
+                    }
+                ],
+            }
+        ]
+    return front
+
+
+def _data_free(summary: Mapping[str, Any]) -> bool:
+    """Whether the run says what it read, and nothing of it was read to train."""
+    read = summary.get("real_data")
+    return read is not None and all(one["purpose"] == "evaluation" for one in read)
+
+
+def _teacher(run: RunFolder) -> str:
+    recipe = yaml.safe_load(run.recipe) if run.recipe else None
+    named = recipe.get("teacher") if isinstance(recipe, dict) else None
+    more = recipe.get("more_teachers") or () if isinstance(recipe, dict) else ()
+    name = "; ".join(_plain_text(one) for one in (named, *more) if one)
+    trained = run.record.get("teacher_trained_on")
+    facts = run.summary.get("teacher") or {}
+    lines = [
+        f"- Name: {name or 'a network that was handed in from Python'}",
+        f"- Fingerprint of its weights (sha256): `{run.record.get('teacher_fingerprint') or '-'}`",
+        f"- Trained on: {trained or 'not known, the teacher has no card'}",
+        f"- Parameters: {facts.get('parameters') or 0:,}",
+        f"- Rows that it was asked: {run.summary.get('teacher_queries', 0):,}",
+    ]
+    return "\n".join(lines)
+
+
+def _scores(summary: Mapping[str, Any]) -> str:
+    student, metric = summary.get("student") or {}, summary.get("metric", "score")
+    if student.get("score") is None:
+        return "The run was not judged on real data."
+    rows = [
+        f"| | {metric} |",
+        "| --- | --- |",
+        f"| student, after the last step | **{student['score']:.4f}** |",
+        f"| student, best of all evaluations | {student['best_score']:.4f} |",
+    ]
+    teacher = (summary.get("teacher") or {}).get("score")
+    if teacher is not None:
+        rows.append(f"| teacher | {teacher:.4f} |")
+    rows.append(
+        "\nThe weights here are those after the last step. The best score is shown for comparison "
+        "only: no weights were chosen on test data."
+    )
+    return "\n".join(rows)
+
+
+def _data(summary: Mapping[str, Any]) -> str:
+    read = summary.get("real_data")
+    if read is None:
+        return "Not known: the run's summary.json is missing."
+    if not read:
+        return "None."
+    rows = ["| set | origin | read by | for | inputs | fingerprint |", "| --- " * 6 + "|"]
+    rows += [
+        f"| {one['name']} | {one['origin']} | {one['by']} | {one['purpose']} | {one['images']:,} | "
+        f"`{one['fingerprint'][:12] or '-'}` |"
+        for one in read
+    ]
+    return "\n".join(rows)
+
+
+def _making(run: RunFolder) -> str:
+    summary = run.summary
+    versions = ", ".join(f"{k} {v}" for k, v in (summary.get("versions") or {}).items())
+    plugins = ", ".join(summary.get("plugins") or ()) or "none"
+    return "\n".join(
+        [
+            f"- Command: `{run.record.get('command') or '-'}`",
+            f"- Plug-ins: {plugins}",
+            f"- Steps: {summary.get('steps', 0):,}",
+            f"- Seed: {summary.get('seed', '-')}",
+            f"- Versions: {versions or '-'}",
+        ]
+    )
+
+
+def _load(card: Mapping[str, Any]) -> str:
+    if {"factory", "model"} & set(card):
+        return '"student.json"'
+    return '{"factory": "your_package.module:make_network", "weights": "model.safetensors"}'
+
+
+def _plain(card: Mapping[str, Any]) -> str:
+    args = ", ".join(f"{key}={value!r}" for key, value in (card.get("args") or {}).items())
+    lines = ["from safetensors.torch import load_file"]
+    if card.get("factory"):
+        module, _, attribute = str(card["factory"]).partition(":")
+        lines += [f"from {module} import {attribute}", "", f"network = {attribute}({args})"]
+    elif card.get("model"):
+        given = card["input"]
+        sizes = ", ".join(str(given[key]) for key in ("channels", "height", "width"))
+        lines += [
+            "from vestige import InputSpec",
+            "from vestige.models.factory import build_model  # plain torch.nn modules",
+            "",
+            f"spec = InputSpec.image({sizes})",
+            f"network = build_model({card['model']!r}, spec, {card['num_classes']}"
+            f"{', ' + args if args else ''})",
+        ]
+    else:
+        made = str(card.get("class", "your_package:Network")).rpartition(":")[2]
+        lines += ["", f"network = {made}(...)  # the class that was handed in"]
+    lines += ['network.load_state_dict(load_file("model.safetensors"))', "network.eval()"]
+    return "\n".join(lines)
+
+
+def _inputs(card: Mapping[str, Any]) -> str:
+    given = card["input"]
+    shape = given.get("shape") or [given.get(key) for key in ("channels", "height", "width")]
+    size = ", ".join(map(str, shape))
+    if not given.get("mean"):
+        return f"Inputs are (B, {size}), for images with values in [0, 1]."
+    return (
+        f"Inputs are (B, {size}): images in [0, 1], minus {given['mean']}, divided by "
+        f"{given['std']} per channel."
+    )
+
+
+def _classes(card: Mapping[str, Any]) -> str:
+    names = card.get("classes") or ()
+    listed = ", ".join(map(str, names)) if names else "their names are not known"
+    return f"Answers are logits of {card['num_classes']} classes: {listed}.\n"
+
+
+def _plain_text(teacher: Any) -> str:
+    return teacher if isinstance(teacher, str) else json.dumps(teacher, ensure_ascii=False)

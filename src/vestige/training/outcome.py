@@ -1,0 +1,42 @@
+"""What a run came to."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from vestige.core.types import Result
+from vestige.training.diagnosis import Finding
+from vestige.training.moments import Moment
+
+
+@dataclass
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        result: what the user gets.
+        scores: one entry per evaluation, "step" and the task's metrics; the last is the headline.
+        findings: what the diagnosis noticed.
+        steps: optimizer steps, earlier parts of a resumed run included.
+        seconds: time spent, earlier parts included.
+        teacher_queries: rows that the teachers were asked.
+        samples: (inputs, the teacher's classes) of the latest student batches, or None.
+        complete: False if a budget stopped the run.
+        moments: inputs at about 8 moments of the run; empty where they cannot be drawn.
+    """
+
+    result: Result
+    scores: list[dict[str, float]] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    steps: int = 0
+    seconds: float = 0.0
+    teacher_queries: int = 0
+    samples: tuple[Tensor, Tensor] | None = None
+    complete: bool = True
+    moments: list[Moment] = field(default_factory=list)
+
+    @property
+    def network(self) -> nn.Module | None:
+        """The result, if it is a network."""
+        found = self.result.object
+        return found if isinstance(found, nn.Module) else None

@@ -1,0 +1,89 @@
+"""Where everything comes from: real data, teacher, machine, versions, command."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from vestige.training import tables
+from vestige.training.page_values import exact, records_of
+from vestige.training.run_folder import RunFolder
+from vestige.training.tables import UNKNOWN, mapping, number
+
+
+def real_data(everyone: Sequence[tuple[str, RunFolder]]) -> list[dict[str, Any]]:
+    """One row for each thing that was read: what, by whom, for what, how much of it."""
+    rows: list[dict[str, Any]] = []
+    for title, run in everyone:
+        for item in records_of(run) or []:
+            record = mapping(item)
+            images = number(record.get("images"))
+            row = {
+                "name": tables.record_name(item),
+                "origin": str(record.get("origin") or UNKNOWN),
+                "by": str(record.get("by") or title or UNKNOWN),
+                "purpose": str(record.get("purpose") or "not stated"),
+                "training": tables.for_training(item),
+                "images": exact(images, tables.format_count(images)),
+                "fingerprint": str(record.get("fingerprint") or UNKNOWN),
+            }
+            if row not in rows:
+                rows.append(row)
+    return rows
+
+
+def origins(run: RunFolder) -> list[tuple[str, str, bool]]:
+    """Label, text and whether it is a digest: the teacher's past and every fingerprint."""
+    trained_on = str(run.record.get("teacher_trained_on") or "")
+    told = [("teacher trained on, by its card", trained_on, False)] if trained_on else []
+    return told + [(key, value, True) for key, value in sorted(set(_fingerprints(run.record)))]
+
+
+def details(run: RunFolder) -> list[dict[str, Any]]:
+    """Machine, versions and command: what one needs to run it again."""
+    record = run.record
+    machine = mapping(record.get("machine"))
+    versions = mapping(record.get("versions")) or mapping(run.summary.get("versions"))
+    how = {
+        "command": record.get("command"),
+        "started": record.get("started"),
+        "seed": record.get("seeds", record.get("seed", run.summary.get("seed"))),
+        "device": run.summary.get("device"),
+    }
+    figures = dict(tables.result_figures(run.summary)) if run.summary else {}
+    groups = [
+        ("All figures", figures),
+        ("Command", how),
+        ("Machine", machine),
+        ("Versions", versions),
+    ]
+    return [
+        {
+            "title": title,
+            "rows": [(str(key), plain(value)) for key, value in rows.items() if value is not None],
+        }
+        for title, rows in groups
+        if any(value is not None for value in rows.values())
+    ]
+
+
+def plain(value: object) -> str:
+    """A value of a record as text."""
+    if isinstance(value, str):
+        return value
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, TypeError, RecursionError):
+        return UNKNOWN
+
+
+def _fingerprints(value: object, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every fingerprint in a record with where it stands, those of real data left out."""
+    for key, item in mapping(value).items():
+        here = f"{path} {key}".strip()
+        if key == "real_data":
+            continue
+        if isinstance(item, Mapping):
+            yield from _fingerprints(item, here)
+        elif isinstance(item, str) and item and ("fingerprint" in here or "sha256" in here):
+            words = here.replace("fingerprints", "").replace("_", " ")
+            yield " ".join(words.split()) or "run", item

@@ -1,0 +1,154 @@
+"""What the steps of a run showed: losses, scores, the latest inputs, and what they tell."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vestige.core.protocols import Progress, Task
+from vestige.core.types import Loss, Step, at_least_float32
+from vestige.errors import NonFiniteLossError
+from vestige.training.diagnosis import Diagnosis, RoundRecord
+from vestige.training.moments import Moments
+from vestige.training.tracking import MetricsFile
+
+_SAMPLE_BATCHES, _SAMPLE_ROWS, _SAMPLE_BYTES = 8, 64, 16 * 2**20
+
+
+class Watch:
+    """Looks at each step without waiting for the device, and writes down what it saw in `log`.
+
+    Args:
+        task: says how many classes there are and what one input is.
+
+    Attributes:
+        diagnosis: of the student's updates.
+        moments: inputs over time.
+        scores: one entry per evaluation, "step" and the metrics.
+        student_steps: number of student updates.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.diagnosis = Diagnosis(task.num_classes)
+        self.moments = Moments(task.spec)
+        self.scores: list[dict[str, float]] = []
+        self.student_steps = 0
+        self._samples: list[tuple[Tensor, Tensor]] = []
+        self._pending: dict[str, Loss] = {}
+        self._bad_step: Tensor | None = None
+
+    def observe(self, step: Step, number: int) -> None:
+        """Take note of the step; `number` counts those of the run."""
+        self.student_steps += step.role == "student"
+        if step.loss is None:
+            return
+        total = step.loss.total
+        if self._bad_step is None:
+            self._bad_step = torch.full((), -1, dtype=torch.int64, device=total.device)
+        bad = (~torch.isfinite(total)) & (self._bad_step < 0)
+        self._bad_step = torch.where(bad, torch.full_like(self._bad_step, number), self._bad_step)
+        self._pending[step.role] = step.loss
+        if step.role == "student":
+            self.diagnosis.observe(step.loss)
+
+    def log(
+        self, metrics: MetricsFile, progress: Progress, seconds: float, kept_step: int
+    ) -> dict[str, dict[str, float]]:
+        """Write the latest losses into the curves.
+
+        Args:
+            metrics: gets a row for each role.
+            progress: of the run.
+            seconds: of the run.
+            kept_step: of the last checkpoint, for the message.
+
+        Returns:
+            Loss terms by role.
+
+        Raises:
+            NonFiniteLossError: a loss became NaN or infinite since the last call.
+        """
+        bad = -1 if self._bad_step is None else int(self._bad_step)
+        if bad >= 0:
+            raise NonFiniteLossError(
+                f"the loss became NaN or infinite at step {bad}, expected a finite one; lower the "
+                f"learning rates or set a gradient clip. The last checkpoint, at step {kept_step}, "
+                "is kept"
+            )
+        written: dict[str, dict[str, float]] = {}
+        for role, loss in self._pending.items():
+            written[role] = {name: float(term) for name, term in loss.terms.items()}
+            metrics.add(
+                "step",
+                step=progress.steps,
+                role=role,
+                loop=progress.loop,
+                round=progress.round,
+                seconds=round(seconds, 3),
+                terms=written[role],
+                total=float(loss.total),
+            )
+        student = self._pending.get("student")
+        if student is not None:
+            self._keep_samples(student)
+        self._pending.clear()
+        return written
+
+    def _keep_samples(self, loss: Loss) -> None:
+        """Remember some of the latest inputs for the contact sheet, at a bounded size."""
+        inputs, teacher = loss.inputs, loss.teacher
+        if teacher is None or teacher.logits.dim() != 2 or not isinstance(inputs, Tensor):
+            return
+        row = inputs[0].numel() * inputs.element_size()
+        rows = max(1, min(_SAMPLE_ROWS, _SAMPLE_BYTES // (_SAMPLE_BATCHES * row)))
+        # Copies: a slice would keep the whole batch alive.
+        kept = at_least_float32(inputs[:rows].clone())
+        self._samples.append((kept, teacher.logits[:rows].argmax(1)))
+        del self._samples[:-_SAMPLE_BATCHES]
+        self.moments.observe(*self._samples[-1])
+
+    def end_round(
+        self, student: nn.Module | None, metrics: MetricsFile, progress: Progress, seconds: float
+    ) -> RoundRecord | None:
+        """What the round showed, as a row of the metrics; None without student updates."""
+        self.moments.end_round(progress.loop, progress.round, progress.steps)
+        record = self.diagnosis.end_round(student)
+        if record is not None:
+            metrics.add(
+                "round",
+                loop=progress.loop,
+                round=progress.round,
+                step=progress.steps,
+                seconds=round(seconds, 3),
+                agreement=record.agreement,
+                classes=record.classes,
+                train_eval_agreement=record.train_eval_agreement,
+            )
+        return record
+
+    def latest_samples(self) -> tuple[Tensor, Tensor] | None:
+        """(inputs, the teacher's classes) of the latest student batches, on the CPU, or None."""
+        if not self._samples:
+            return None
+        inputs, classes = zip(*self._samples, strict=True)
+        # Those of an earlier part of the run were read back to the CPU.
+        return torch.cat([x.cpu() for x in inputs]), torch.cat([x.cpu() for x in classes])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is kept; at a round's end, after `log`, all there is."""
+        return {
+            "diagnosis": self.diagnosis.state_dict(),
+            "scores": self.scores,
+            "samples": self._samples,
+            "moments": self.moments.state_dict(),
+            "student_steps": self.student_steps,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self.diagnosis.load_state_dict(state["diagnosis"])
+        self.scores[:] = state["scores"]
+        self._samples = state["samples"]
+        self.moments.load_state_dict(state["moments"])
+        self.student_steps = int(state["student_steps"])
