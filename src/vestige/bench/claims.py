@@ -15,8 +15,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vestige.errors import RecipeError
-from vestige.recipes.run import gap_closed, run_recipe
-from vestige.recipes.schema import Recipe, explain, load_recipe
+from vestige.recipes.run import check_same, gap_closed, run_recipe
+from vestige.recipes.schema import Recipe, explain, load_recipe, read_yaml
 from vestige.training import runtime
 from vestige.training.files import write_json
 
@@ -152,8 +152,7 @@ def _cell(
 ) -> dict[str, Any]:
     run = recipe.arm(arm).model_copy(update={"seed": seed})
     done = folder / "summary.json"
-    same = folder / "recipe.yaml"
-    resume = same.is_file() and same.read_text(encoding="utf8") == run.to_yaml()
+    resume = _is_of(run, folder)
     if folder.exists() and not resume and any(folder.iterdir()):
         raise RecipeError(
             f"{folder} holds a run of another recipe; move it away or name another --cells folder"
@@ -166,6 +165,18 @@ def _cell(
         f"{summary['seconds']:.0f} s"
     )
     return summary
+
+
+def _is_of(run: Recipe, folder: Path) -> bool:
+    """Whether the folder holds this very run; here how it is driven counts, too."""
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        return False
+    try:
+        check_same(run, folder)
+    except RecipeError:
+        return False
+    return bool(read_yaml(path).get("trainer") == run.model_dump(mode="json")["trainer"])
 
 
 def _document(
