@@ -315,3 +315,16 @@ def test_sigterm_before_a_run_exits_130(tmp_path):
 def test_the_folder_of_a_run_is_below_the_working_folder(vestige, tmp_path):
     assert vestige("run", "kd", *SMOKE)[0] == 0
     assert [path.name for path in Path(tmp_path / "runs").iterdir()] == ["kd-seed0"]
+
+
+def test_a_warning_is_told_once(tmp_path):
+    command = ["run", "kd", *SMOKE, "--set", "config.rounds=5", "--set", "config.iterations=5"]
+    done = subprocess.run(
+        [sys.executable, "-m", "vestige", *command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # Noise, of which the teacher makes few classes.
+    assert done.stderr.count("within a round the inputs cover") == 1

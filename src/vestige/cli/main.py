@@ -69,8 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
 
     handler = logging.StreamHandler(sys.stderr)
-    # The trainer's are shown beside the progress bar, with the name of the arm.
-    handler.addFilter(lambda record: record.name != "vestige.training.trainer")
+    # A run's warnings are shown beside the progress bar, with the name of the arm.
+    handler.addFilter(lambda record: not getattr(record, "is_event", False))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("vestige").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, _terminated)

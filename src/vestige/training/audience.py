@@ -50,7 +50,8 @@ class Audience:
     def warn(self, step: int, message: str) -> None:
         """Say in the log, to the trackers and to the callbacks what was noticed by `step`."""
         if parallel.rank() == 0:
-            logger.warning(message)
+            # Whoever shows the event as well can tell the two apart by the mark.
+            logger.warning(message, extra={"is_event": True})
         self.trackers.note(step, message)
         self.tell("warning", message=message)
 
