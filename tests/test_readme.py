@@ -93,7 +93,10 @@ def test_the_commands_run_in_the_order_of_the_readme(tmp_path):
     assert [item["purpose"] for item in demo["real_data"]] == ["evaluation"]
     mine = json.loads((tmp_path / "runs/mine/summary.json").read_text())
     assert (mine["seed"], mine["method"], mine["complete"]) == (1, "dfad", True)
-    assert (tmp_path / "mine.html").stat().st_size > 10_000
+    assert (tmp_path / "both.html").stat().st_size > 10_000
+    compared = json.loads((tmp_path / "runs/compared/summary.json").read_text())
+    assert set(compared["arms"]) == {"dfad", "kd"}
+    assert "- Seed: 1\n" in (tmp_path / "my-student/README.md").read_text()
     assert (tmp_path / "teachers/digits-convnet.safetensors").is_file()
 
 

@@ -75,15 +75,18 @@ class Diagnosis:
         if teacher.shape[1] != self.num_classes:
             return
         answers = teacher.argmax(1)
+        if self._counts is None or self._agreed is None:
+            self._counts = answers.new_zeros(self.num_classes, dtype=torch.float64)
+            self._agreed = self._counts.new_zeros(())
+        same = answers == student.argmax(1)
         counted = torch.ones_like(answers, dtype=torch.float64)
-        if loss.fresh is not None:
+        if loss.fresh is None:
+            self._agreed += same.double().mean()
+        else:
             # A product, not a selection: how many rows are left must not be read off the device.
             counted = counted * loss.fresh.view(-1, *(1,) * (answers.dim() - 1))
-        agreed = ((answers == student.argmax(1)) * counted).sum() / counted.sum().clamp_min(1)
-        counts = torch.zeros(self.num_classes, dtype=torch.float64, device=answers.device)
-        counts.scatter_add_(0, answers.flatten(), counted.flatten())
-        self._counts = counts if self._counts is None else self._counts + counts
-        self._agreed = agreed if self._agreed is None else self._agreed + agreed
+            self._agreed += (same * counted).sum() / counted.sum().clamp_min(1)
+        self._counts.scatter_add_(0, answers.flatten(), counted.flatten())
         self._seen += 1
         self._last_inputs = loss.inputs
 

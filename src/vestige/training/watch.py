@@ -13,6 +13,7 @@ from vestige.training.diagnosis import Diagnosis, RoundRecord
 from vestige.training.moments import Moments
 from vestige.training.tracking import MetricsFile
 
+_TOTALS = 1024
 _SAMPLE_BATCHES, _SAMPLE_ROWS, _SAMPLE_BYTES = 8, 64, 16 * 2**20
 
 
@@ -36,18 +37,18 @@ class Watch:
         self.student_steps = 0
         self._samples: list[tuple[Tensor, Tensor]] = []
         self._pending: dict[str, Loss] = {}
-        self._bad_step: Tensor | None = None
+        self._totals: list[tuple[int, Tensor]] = []
+        self._bad_step = -1
 
     def observe(self, step: Step, number: int) -> None:
         """Take note of the step; `number` counts those of the run."""
         self.student_steps += step.role == "student"
         if step.loss is None:
             return
-        total = step.loss.total
-        if self._bad_step is None:
-            self._bad_step = torch.full((), -1, dtype=torch.int64, device=total.device)
-        bad = (~torch.isfinite(total)) & (self._bad_step < 0)
-        self._bad_step = torch.where(bad, torch.full_like(self._bad_step, number), self._bad_step)
+        # Looked at together: one small operation a step is one too many for small networks.
+        self._totals.append((number, step.loss.total))
+        if len(self._totals) == _TOTALS:
+            self._look()
         self._pending[step.role] = step.loss
         if step.role == "student":
             self.diagnosis.observe(step.loss)
@@ -69,10 +70,10 @@ class Watch:
         Raises:
             NonFiniteLossError: a loss became NaN or infinite since the last call.
         """
-        bad = -1 if self._bad_step is None else int(self._bad_step)
-        if bad >= 0:
+        self._look()
+        if self._bad_step >= 0:
             raise NonFiniteLossError(
-                f"the loss became NaN or infinite at step {bad}, expected a finite one; lower the "
+                f"the loss became NaN or infinite at step {self._bad_step}, expected a finite one; lower the "
                 f"learning rates or set a gradient clip. The last checkpoint, at step {kept_step}, "
                 "is kept"
             )
@@ -94,6 +95,14 @@ class Watch:
             self._keep_samples(student)
         self._pending.clear()
         return written
+
+    def _look(self) -> None:
+        """Find the first step since the last call whose loss was not finite."""
+        if self._totals and self._bad_step < 0:
+            sound = torch.isfinite(torch.stack([total for _, total in self._totals]))
+            if not bool(sound.all()):
+                self._bad_step = self._totals[int((~sound).nonzero()[0])][0]
+        self._totals.clear()
 
     def _keep_samples(self, loss: Loss) -> None:
         """Remember some of the latest inputs for the contact sheet, at a bounded size."""
