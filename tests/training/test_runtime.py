@@ -1,4 +1,9 @@
-"""Devices, threads, and gradients over processes."""
+"""Devices, threads, memory, and gradients over processes."""
+
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -56,3 +61,36 @@ def test_threads_are_put_back_even_after_an_error():
 def test_machine_names_no_host_and_no_user():
     assert set(runtime.machine()) == {"system", "processor", "cores", "gpu"}
     assert {"python", "vestige", "torch", "numpy"} == set(runtime.versions())
+
+
+FREED = """
+import resource, torch
+from vestige.training import runtime
+if {keep}:
+    assert runtime.keep_memory()
+torch.ones(2**20), torch.ones(2**20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(500):
+    torch.ones(2**20)  # 4 MiB
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
+def test_freed_memory_is_kept():
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+
+    def faults(keep, **more):
+        command = [sys.executable, "-c", FREED.format(keep=keep)]
+        done = subprocess.run(
+            command, env={**env, **more}, capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+    # Without, each of the 500 blocks is faulted in anew; the first few always are.
+    assert faults(keep=True) * 4 < faults(keep=False)
+
+
+def test_whoever_tuned_malloc_is_left_alone(monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    assert runtime.keep_memory.__wrapped__() is False

@@ -143,6 +143,8 @@ class Trainer:
             NonFiniteLossError: a loss became NaN or infinite; the last checkpoint stands.
             CheckpointError: the checkpoint is of another run.
         """
+        if self.device.type == "cpu":
+            runtime.keep_memory()
         self.state.open(resume=resume)
         self.budget.start()
         seeding.seed_globals(self.seed)

@@ -73,9 +73,9 @@ class Watch:
         self._look()
         if self._bad_step >= 0:
             raise NonFiniteLossError(
-                f"the loss became NaN or infinite at step {self._bad_step}, expected a finite one; lower the "
-                f"learning rates or set a gradient clip. The last checkpoint, at step {kept_step}, "
-                "is kept"
+                f"the loss became NaN or infinite at step {self._bad_step}, expected a finite one; "
+                "lower the learning rates or set a gradient clip. The last checkpoint, at step "
+                f"{kept_step}, is kept"
             )
         written: dict[str, dict[str, float]] = {}
         for role, loss in self._pending.items():
