@@ -23,6 +23,7 @@ from vestige.recipes.catalog import METHODS, PLUGINS, TASKS, describe_methods
 from vestige.recipes.run import check_folder, run_job
 from vestige.recipes.schema import explain
 from vestige.recipes.settle import suggested
+from vestige.recipes.sources import MADE_UP
 from vestige.recipes.student import input_card
 from vestige.sources.images import TensorSource
 from vestige.teachers.loading import fingerprint, load_teacher
@@ -478,7 +479,7 @@ def _real_data(
     elif evaluate is not None:
         read.append(RealData("evaluate", "real", "evaluation", "evaluation", 0, ""))
     for name, source in sources.items():
-        if source.origin not in ("noise", "generator"):
+        if source.origin not in MADE_UP:
             count = len(source) if isinstance(source, Sized) else 0
             read.append(RealData(name, source.origin, "method", "distillation", count, ""))
     return tuple(read)

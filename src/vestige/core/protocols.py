@@ -87,7 +87,8 @@ class Source(Protocol):
     """Where inputs come from that are not made by the method itself.
 
     Attributes:
-        origin: "noise", "generator", "foreign", "unlabelled", "client-private" or "real".
+        origin: "noise", "generator", "synthetic", "foreign", "unlabelled", "client-private" or
+            "real".
         name: what is shown to the user and written into the run record.
         paths: files or folders that it may open while the method runs.
     """

@@ -12,6 +12,7 @@ from vestige.core import parallel
 from vestige.errors import CheckpointError, Interrupted, RecipeError
 from vestige.recipes.build import Job, build
 from vestige.recipes.schema import Recipe, read_yaml
+from vestige.recipes.sources import MADE_UP
 from vestige.training.files import (
     LOCK,
     locked,
@@ -384,7 +385,5 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _images_made(job: Job, outcome: Outcome) -> int:
     """Rows that the teacher was asked about, if none of them is real; replayed ones count again."""
-    real = any(
-        source.origin not in ("noise", "generator") for source in job.trainer.sources.values()
-    )
+    real = any(source.origin not in MADE_UP for source in job.trainer.sources.values())
     return 0 if real else outcome.teacher_queries
