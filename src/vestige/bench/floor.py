@@ -17,7 +17,7 @@ from vestige.core.protocols import Context, Method
 from vestige.core.types import Step
 from vestige.errors import RecipeError
 from vestige.recipes.build import build
-from vestige.recipes.schema import explain, load_recipe
+from vestige.recipes.schema import explain, load_recipe, validate
 from vestige.training import runtime
 from vestige.training.files import write_json
 from vestige.training.passes import Measured, PassRecorder, PassTimer, timed_networks
@@ -151,7 +151,9 @@ def time_case(case: Case, *, repeats: int, overrides: Sequence[str] = ()) -> dic
     """
     recipe = load_recipe(case.recipe, preset=case.preset, overrides=(*case.overrides, *overrides))
     job = build(recipe)
-    watch = _Interleaved(job.trainer, job.trainer.method.passes(recipe.method_config()), repeats)
+    # As it was settled: settings may have been suggested for these networks.
+    settings = validate(yaml.safe_load(job.facts.recipe_yaml)).method_config()
+    watch = _Interleaved(job.trainer, job.trainer.method.passes(settings), repeats)
     try:
         job.trainer.run()
     except _Enough:
