@@ -47,7 +47,7 @@ test-vision: ## the vision adapter, in an environment of its own
 	fi
 
 test-track: $(TRACK)/.all ## every tracker with its real package, in an environment of its own
-	$(TRACK)/bin/python -m pytest -m "" tests/training/test_trackers.py $(PYTEST_ARGS)
+	$(TRACK)/bin/python -m pytest -m "" tests/training/tracking/test_backends.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev ## ruff, mypy, import order
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from pydantic_core import PydanticUndefined
 from vestige.bench.tables import read_claims, results_table
 from vestige.core.types import Requires
 from vestige.recipes.catalog import METHODS, PLUGINS, describe_methods, shipped
-from vestige.recipes.schema import read_yaml
+from vestige.recipes.files import read_yaml
 
 HEADS = ("Paper", "Differs from the paper", "Cost per round")
 

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from vestige.cli import main as cli
 from vestige.methods.dfad import DFAD
 from vestige.tasks.classification import Classification
-from vestige.training import tracking
 from vestige.training.files import LOCK, locked
-from vestige.training.tracking import read_metrics
+from vestige.training.tracking import metrics, trackers
+from vestige.training.tracking.metrics import read_metrics
 
 RUN = (
     *("run", "dfad", "--preset", "smoke", "--set", "trainer.device=cpu"),
@@ -155,7 +155,7 @@ def test_a_disk_that_is_full_in_the_middle_of_the_metrics_loses_no_row(vestige, 
         return Half(stream) if flushes[0] == 2 else stream
 
     with monkeypatch.context() as patch:
-        patch.setattr(tracking, "open", half, raising=False)
+        patch.setattr(metrics, "open", half, raising=False)
         code, _, err = vestige(*RUN)
     assert code == 1
     assert "could not write run/metrics.jsonl: No space left on device; free some space" in err
@@ -350,7 +350,7 @@ def test_a_wrong_request_exits_2_says_what_to_do_and_leaves_nothing(request_, ve
 
 
 def test_a_missing_package_exits_2_with_the_one_command(vestige, monkeypatch):
-    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     code, _, err = vestige(*RUN, "--set", "trainer.track=[tensorboard]")
     assert code == 2
     assert "pip install 'vestige[track]'" in err

@@ -99,8 +99,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 def _check_device(entry: dict[str, Any], options: argparse.Namespace) -> None:
     """Before minutes are spent: is the device there, and is the data?"""
     from vestige.data.image import load_images
-    from vestige.recipes.schema import load_recipe
-    from vestige.recipes.teacher import load_teacher_recipe
+    from vestige.recipes.loading import load_recipe
+    from vestige.recipes.teacher_schema import load_teacher_recipe
     from vestige.training import runtime
 
     runtime.device(options.device)
@@ -127,7 +127,8 @@ def _left(options: argparse.Namespace) -> float:
 
 def _runs(entry: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """The teacher, then the student of every seed."""
-    from vestige.recipes.teacher import load_teacher_recipe, train_teacher
+    from vestige.recipes.teacher import train_teacher
+    from vestige.recipes.teacher_schema import load_teacher_recipe
 
     recipe = load_teacher_recipe(entry["teacher"])
     recipe = recipe.model_copy(
@@ -188,8 +189,8 @@ def _run(
 ) -> dict[str, Any]:
     """One student; what is finished is read."""
     from vestige.errors import Interrupted
+    from vestige.recipes.loading import load_recipe
     from vestige.recipes.run import run_recipe
-    from vestige.recipes.schema import load_recipe
     from vestige.training.checkpoint import CheckpointStore
 
     out = options.work / f"seed{seed}"

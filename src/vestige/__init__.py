@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vestige.recipes.examples import load_examples
     from vestige.recipes.schema import Recipe
     from vestige.teachers.loading import open_teacher
-    from vestige.training.export import export
+    from vestige.training.export.student import export
     from vestige.training.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -24,7 +24,7 @@ _HOMES = {
     "load_examples": "vestige.recipes.examples",
     "load_teacher": "vestige.api",
     "open_teacher": "vestige.teachers.loading",
-    "export": "vestige.training.export",
+    "export": "vestige.training.export.student",
     "InputSpec": "vestige.core.types",
     "Recipe": "vestige.recipes.schema",
     "Trainer": "vestige.training.trainer",

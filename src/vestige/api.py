@@ -20,8 +20,8 @@ from vestige.core.types import InputSpec, Requires, count_parameters
 from vestige.errors import RecipeError, ShapeError, TeacherError
 from vestige.recipes.build import Job, build_method, build_plugins, in_detail, variant_of
 from vestige.recipes.catalog import METHODS, PLUGINS, TASKS, describe_methods
+from vestige.recipes.checks import explain
 from vestige.recipes.run import check_folder, run_job
-from vestige.recipes.schema import explain
 from vestige.recipes.settle import suggested
 from vestige.recipes.sources import MADE_UP
 from vestige.recipes.student import input_card
@@ -31,7 +31,6 @@ from vestige.teachers.white_box import WhiteBoxTeacher, check_finite
 from vestige.training import runtime
 from vestige.training.inspection import notices
 from vestige.training.moments import drawable
-from vestige.training.notebook import shown, table
 from vestige.training.outcome import Outcome
 from vestige.training.pictures import contact_sheet, png
 from vestige.training.summary import (
@@ -40,6 +39,7 @@ from vestige.training.summary import (
     tensors_fingerprint,
 )
 from vestige.training.tracking import Callback
+from vestige.training.tracking.notebook import shown, table
 from vestige.training.trainer import Evaluate, Trainer
 from vestige.training.trainer_config import TrainerConfig
 

@@ -12,7 +12,7 @@ import yaml
 from vestige.bench import claims
 from vestige.bench.claims import Statement, load_definition, run_claim
 from vestige.errors import RecipeError
-from vestige.recipes.schema import load_recipe
+from vestige.recipes.loading import load_recipe
 from vestige.training.files import write_json
 
 ROOT = Path(__file__).parents[2]

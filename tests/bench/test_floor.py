@@ -12,7 +12,7 @@ from vestige.bench.floor import known_floors, load_floor, run_floor
 from vestige.bench.tables import floor_page, floor_table
 from vestige.errors import RecipeError
 from vestige.methods.dfad import DFAD
-from vestige.recipes.schema import load_recipe
+from vestige.recipes.loading import load_recipe
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = sorted((ROOT / "benchmarks/floor").glob("*.json"))

@@ -15,8 +15,8 @@ import yaml
 
 from vestige.bench.floor import load_floor
 from vestige.recipes import teacher as teacher_module
-from vestige.recipes.schema import load_recipe
-from vestige.recipes.teacher import RECIPES_FOLDER, load_teacher_recipe
+from vestige.recipes.loading import load_recipe
+from vestige.recipes.teacher_schema import RECIPES_FOLDER, load_teacher_recipe
 from vestige.training.budget import Budget
 from vestige.training.checkpoint import CheckpointStore
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from vestige.cli import main as cli
 from vestige.data.image import BUILT_IN
 from vestige.recipes.catalog import METHODS, shipped
-from vestige.recipes.schema import load_recipe
+from vestige.recipes.loading import load_recipe
 
 CPU = ["--set", "trainer.device=cpu"]
 ROOT = typer.main.get_command(cli.app)
@@ -321,7 +321,7 @@ def test_a_read_only_folder_exits_with_a_message(vestige, tmp_path):
 
 
 def test_training_a_teacher_leaves_weights_and_card(vestige, tmp_path):
-    from vestige.recipes.teacher import RECIPES_FOLDER
+    from vestige.recipes.teacher_schema import RECIPES_FOLDER
 
     values = yaml.safe_load((RECIPES_FOLDER / "digits-convnet.yaml").read_text())
     values["training"]["epochs"] = 1
@@ -374,7 +374,7 @@ def test_ctrl_c_before_a_run_begins_exits_130_with_a_message(tmp_path, capfd, mo
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vestige.recipes.schema.load_recipe", stop)
+    monkeypatch.setattr("vestige.recipes.loading.load_recipe", stop)
     with pytest.raises(SystemExit) as left:
         cli.main(["run", "kd", "--preset", "smoke"])
     assert left.value.code == 130

@@ -10,9 +10,10 @@ import pytest
 
 from vestige.cli import main as cli
 from vestige.data.image import load_images
+from vestige.recipes.loading import load_recipe
 from vestige.recipes.run import run_recipe
-from vestige.recipes.schema import load_recipe
-from vestige.recipes.teacher import load_teacher_recipe, train_teacher
+from vestige.recipes.teacher import train_teacher
+from vestige.recipes.teacher_schema import load_teacher_recipe
 from vestige.training.pictures import save_png
 
 TEACHER = "builtin:digits-convnet"
@@ -214,7 +215,7 @@ def test_export_to_onnx_prints_the_difference(vestige, run):
 
 
 def test_export_without_its_packages_names_the_command(vestige, run, monkeypatch):
-    monkeypatch.setattr("vestige.training.onnx_file.find_spec", lambda name: None)
+    monkeypatch.setattr("vestige.training.export.onnx_file.find_spec", lambda name: None)
     code, _, err = vestige("export", str(run), "--to", "onnx")
     assert code == 2
     assert "pip install 'vestige[export]'" in err

@@ -252,6 +252,11 @@ def test_what_is_piped_has_no_colours_and_whole_lines(tmp_path):
     assert any("demo" in line and "judged against" in line for line in ran.stdout.splitlines())
 
 
+def round_event(number: int, rounds: int) -> Event:
+    data = {"loop": "distill", "round": number, "rounds": rounds, "step": number, "seconds": 1.0}
+    return Event("round", {**data, "agreement": None})
+
+
 def test_progress_in_a_pipe_is_a_line_at_times(capfd, monkeypatch):
     clock = {"now": 0.0}
     monkeypatch.setattr(time, "monotonic", lambda: clock["now"])
@@ -263,7 +268,7 @@ def test_progress_in_a_pipe_is_a_line_at_times(capfd, monkeypatch):
             clock["now"] += 1.0
             if number == 50:
                 follow(Event("evaluation", {"scores": {"accuracy": 0.25}}))
-            follow(Event("round", {"step": number, "round": number, "rounds": 100}))
+            follow(round_event(number, 100))
         follow(Event("warning", {"message": "look [out]"}))
     err = capfd.readouterr().err
     lines = err.splitlines()
@@ -282,7 +287,7 @@ def test_slow_progress_is_told_every_half_minute_and_quick_runs_say_nothing(capf
         (follow,) = shown.callbacks("a")
         for number in range(1, 13):
             clock["now"] += 10.0
-            follow(Event("round", {"step": number, "round": number, "rounds": 1000}))
+            follow(round_event(number, 1000))
     assert capfd.readouterr().err.splitlines() == [
         "a: 0% after 30 s",
         "a: 1% after 60 s",
@@ -293,7 +298,7 @@ def test_slow_progress_is_told_every_half_minute_and_quick_runs_say_nothing(capf
         (follow,) = shown.callbacks("a")
         for number in range(1, 11):
             clock["now"] += 0.1
-            follow(Event("round", {"step": number, "round": number, "rounds": 10}))
+            follow(round_event(number, 10))
     assert capfd.readouterr().err == ""
 
 
@@ -301,8 +306,8 @@ def test_sigterm_before_a_run_exits_130(tmp_path):
     code = (
         "import os, signal, sys\n"
         "from vestige.cli import main\n"
-        "import vestige.recipes.schema as schema\n"
-        "schema.load_recipe = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "import vestige.recipes.loading as loading\n"
+        "loading.load_recipe = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)\n"
         "main.main(['run', 'kd'])\n"
     )
     ran = subprocess.run(

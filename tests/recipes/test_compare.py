@@ -15,8 +15,8 @@ from vestige.errors import RecipeError
 from vestige.methods.dfad import DFAD
 from vestige.recipes.catalog import METHODS
 from vestige.recipes.compare import BUDGET, compare, student_updates
+from vestige.recipes.loading import load_recipe, validate
 from vestige.recipes.run import run_arms
-from vestige.recipes.schema import load_recipe, validate
 
 
 def updates(recipe: Any, arm: str) -> float | None:

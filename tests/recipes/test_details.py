@@ -9,8 +9,9 @@ from torch import nn
 
 import vestige
 from vestige.core.types import Access, InputSpec
+from vestige.recipes.loading import load_recipe
 from vestige.recipes.run import run_recipe
-from vestige.recipes.schema import Recipe, load_recipe
+from vestige.recipes.schema import Recipe
 from vestige.sources.noise import NoiseSource
 from vestige.tasks.classification import Classification
 from vestige.teachers.black_box import BlackBoxTeacher

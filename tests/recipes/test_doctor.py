@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from vestige.recipes import doctor, extras
 from vestige.recipes.doctor import Fact, examine, works
 from vestige.recipes.extras import packages_of, state_of
-from vestige.training import trackers
+from vestige.training.tracking import backends
 
 
 def by_name(facts: list[Fact], area: str) -> dict[str, Fact]:
@@ -104,7 +104,7 @@ def test_packages_are_imported_in_a_process_of_their_own():
 
 
 def test_trackers_are_those_that_a_run_can_tell():
-    assert tuple(trackers.TRACKERS) == doctor.TRACKERS
+    assert tuple(backends.TRACKERS) == doctor.TRACKERS
 
 
 def test_bounds_are_those_of_the_distribution():

@@ -6,8 +6,8 @@ from vestige.core.types import Access
 from vestige.errors import RecipeError, TeacherError
 from vestige.models.probes import batchnorm_layers
 from vestige.recipes.build import build
+from vestige.recipes.loading import load_recipe, validate
 from vestige.recipes.run import run_recipe
-from vestige.recipes.schema import load_recipe, validate
 from vestige.teachers.ensemble import BlackBoxEnsemble, Ensemble
 
 DIGITS = "builtin:digits-convnet"

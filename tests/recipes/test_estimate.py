@@ -12,7 +12,7 @@ import torch
 from vestige.core import seeding
 from vestige.recipes.build import Job, build
 from vestige.recipes.estimate import Estimate, estimate
-from vestige.recipes.schema import load_recipe
+from vestige.recipes.loading import load_recipe
 from vestige.training import passes
 
 SMALL = ["data=null", "config.rounds=3", "config.iterations=2", "config.generator_width=4"]

@@ -14,7 +14,8 @@ from vestige.core.types import InputSpec
 from vestige.data.image import load_images, to_inputs
 from vestige.errors import DataError, RecipeError
 from vestige.recipes.examples import fit_classes, load_examples
-from vestige.recipes.teacher import load_teacher_recipe, train_teacher
+from vestige.recipes.teacher import train_teacher
+from vestige.recipes.teacher_schema import load_teacher_recipe
 from vestige.training.pictures import save_png
 
 SPEC = InputSpec.image(1, 16, 16, mean=(0.3058,), std=(0.3193,))

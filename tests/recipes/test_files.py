@@ -9,7 +9,7 @@ import yaml
 from vestige.errors import RecipeError
 from vestige.recipes import catalog, files
 from vestige.recipes.files import merge, parse, parse_override
-from vestige.recipes.schema import load_recipe
+from vestige.recipes.loading import load_recipe
 
 # Merging
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from vestige.errors import RecipeError
 from vestige.recipes import catalog
 from vestige.recipes.files import merge, read_yaml
+from vestige.recipes.loading import find_problems, load_recipe, validate
 from vestige.recipes.presence import absent
-from vestige.recipes.schema import Recipe, find_problems, load_recipe, validate
+from vestige.recipes.schema import Recipe
 
 GOOD: dict[str, Any] = {
     "method": "kd",

@@ -12,8 +12,8 @@ from vestige.core.types import Access, Batch, InputSpec, Loss, Requires, Result,
 from vestige.errors import QueryBudgetExceeded, RecipeError
 from vestige.losses.distill import l1_logits
 from vestige.recipes.build import build
+from vestige.recipes.loading import validate
 from vestige.recipes.run import run_recipe
-from vestige.recipes.schema import validate
 
 
 class Empty(BaseModel):

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from vestige.recipes.loading import load_recipe
 from vestige.recipes.presence import absent
-from vestige.recipes.schema import load_recipe
 
 
 def lacking(*overrides: str, name: str = "kd", **given: Any) -> list[str]:

@@ -15,9 +15,10 @@ from vestige.errors import DataError, RecipeError, ShapeError
 from vestige.models.factory import build_model
 from vestige.recipes import catalog
 from vestige.recipes.build import build
+from vestige.recipes.files import merge, read_yaml
+from vestige.recipes.loading import load_recipe, validate
 from vestige.recipes.run import run_recipe
-from vestige.recipes.schema import load_recipe, merge, read_yaml, validate
-from vestige.recipes.teacher import load_teacher_recipe
+from vestige.recipes.teacher_schema import load_teacher_recipe
 from vestige.teachers.loading import BuiltinCard, ImageInput, fingerprint
 from vestige.training.files import tensors_to_bytes, write_bytes, write_text
 

@@ -15,8 +15,9 @@ from vestige.data.image import load_images, to_inputs
 from vestige.errors import CheckpointError, DataError, RecipeError
 from vestige.models.factory import build_model
 from vestige.recipes.build import build
+from vestige.recipes.loading import load_recipe
 from vestige.recipes.run import run_arms, run_recipe
-from vestige.recipes.schema import Recipe, load_recipe
+from vestige.recipes.schema import Recipe
 from vestige.tasks.classification import Classification
 from vestige.teachers.loading import ImageInput, builtin_card, fingerprint, load_teacher
 from vestige.training.outcome import Outcome

@@ -10,8 +10,9 @@ import yaml
 from vestige.methods.dfad import DFADConfig
 from vestige.methods.kd import KDConfig
 from vestige.recipes.catalog import shipped
+from vestige.recipes.loading import load_recipe, validate
 from vestige.recipes.run import check_same, run_recipe
-from vestige.recipes.schema import Recipe, load_recipe, validate
+from vestige.recipes.schema import Recipe
 
 TINY = {"rounds": 2, "iterations": 1, "student_steps": 1, "batch_size": 4, "generator_width": 4}
 

@@ -13,13 +13,12 @@ from vestige.core.types import InputSpec
 from vestige.data.image import channel_statistics, load_images, to_inputs
 from vestige.errors import CheckpointError, DataError, Interrupted, RecipeError
 from vestige.recipes import teacher as teacher_module
-from vestige.recipes.teacher import (
+from vestige.recipes.teacher import teacher_from_recipe, train_teacher
+from vestige.recipes.teacher_schema import (
     RECIPES_FOLDER,
     TeacherRecipe,
     load_teacher_recipe,
-    teacher_from_recipe,
     teacher_recipes,
-    train_teacher,
 )
 from vestige.tasks.classification import Classification
 from vestige.teachers.loading import builtin_card, fingerprint, load_teacher, read_card

@@ -17,7 +17,7 @@ from vestige.methods.dfad import DFAD, DFADConfig
 from vestige.models.classifiers import ConvNet, wide_resnet
 from vestige.models.probes import BatchNormProbe
 from vestige.recipes.build import build
-from vestige.recipes.schema import load_recipe
+from vestige.recipes.loading import load_recipe
 from vestige.tasks.classification import Classification
 from vestige.teachers.white_box import WhiteBoxTeacher
 from vestige.training.checkpoint import CheckpointStore

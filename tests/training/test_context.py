@@ -18,9 +18,8 @@ from vestige.core.types import Batch, InputSpec, Loss, Prediction, Requires, Res
 from vestige.errors import ContractError
 from vestige.tasks.classification import Classification
 from vestige.training.checkpoint import decode, encode
-from vestige.training.context import RunContext
+from vestige.training.context import RunContext, ScopedContext
 from vestige.training.files import tensors_to_bytes
-from vestige.training.scoped_context import ScopedContext
 from vestige.training.trainer import Trainer
 from vestige.training.trainer_config import TrainerConfig
 

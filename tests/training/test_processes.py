@@ -22,7 +22,7 @@ from vestige.methods.kd import KD, KDConfig
 from vestige.sources.noise import NoiseSource
 from vestige.tasks.classification import Classification
 from vestige.teachers.white_box import WhiteBoxTeacher
-from vestige.training.tracking import read_metrics
+from vestige.training.tracking.metrics import read_metrics
 from vestige.training.trainer import Trainer
 from vestige.training.trainer_config import TrainerConfig
 

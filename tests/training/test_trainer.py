@@ -27,7 +27,8 @@ from vestige.teachers.white_box import WhiteBoxTeacher
 from vestige.training.checkpoint import CheckpointStore
 from vestige.training.outcome import Outcome
 from vestige.training.run_state import KEPT_STATE
-from vestige.training.tracking import Event, MetricsFile, read_metrics
+from vestige.training.tracking import Event
+from vestige.training.tracking.metrics import MetricsFile, read_metrics
 from vestige.training.trainer import Trainer
 from vestige.training.trainer_config import TrainerConfig
 

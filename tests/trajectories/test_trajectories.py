@@ -13,9 +13,9 @@ import pytest
 
 from vestige.recipes.build import build
 from vestige.recipes.catalog import METHODS
-from vestige.recipes.schema import load_recipe
+from vestige.recipes.loading import load_recipe
 from vestige.training.files import write_text
-from vestige.training.tracking import read_metrics
+from vestige.training.tracking.metrics import read_metrics
 
 FOLDER = Path(__file__).parent
 # About 50 steps whatever a method's inner counts are; small enough for a second or two.

@@ -93,7 +93,7 @@ def test_what_is_asked_must_fit() -> None:
 
 def test_a_recipe_may_leave_input_and_classes_out() -> None:
     from vestige.recipes.build import build
-    from vestige.recipes.schema import load_recipe, validate
+    from vestige.recipes.loading import load_recipe, validate
 
     small = load_recipe("dfad", preset="smoke").model_dump(mode="json")
     unsaid = {"data": None, "input": None, "num_classes": None, "arms": {}}

@@ -15,8 +15,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vestige.errors import RecipeError
+from vestige.recipes.checks import explain
+from vestige.recipes.files import read_yaml
+from vestige.recipes.loading import load_recipe
 from vestige.recipes.run import check_same, gap_closed, run_recipe
-from vestige.recipes.schema import Recipe, explain, load_recipe, read_yaml
+from vestige.recipes.schema import Recipe
 from vestige.training import runtime
 from vestige.training.files import write_json
 

@@ -17,7 +17,8 @@ from vestige.core.protocols import Context, Method
 from vestige.core.types import Step
 from vestige.errors import RecipeError
 from vestige.recipes.build import build
-from vestige.recipes.schema import explain, load_recipe, validate
+from vestige.recipes.checks import explain
+from vestige.recipes.loading import load_recipe, validate
 from vestige.training import runtime
 from vestige.training.files import write_json
 from vestige.training.passes import Measured, PassRecorder, PassTimer, timed_networks

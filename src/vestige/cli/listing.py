@@ -73,7 +73,7 @@ def list_(
 
 def _methods() -> list[dict[str, Any]]:
     from vestige.recipes.catalog import describe_methods, shipped
-    from vestige.recipes.schema import read_yaml
+    from vestige.recipes.files import read_yaml
 
     recipes: dict[str, list[str]] = {}
     for name in shipped():
@@ -89,7 +89,7 @@ def _models() -> list[dict[str, Any]]:
 
 def _recipes() -> list[dict[str, Any]]:
     from vestige.recipes.catalog import about, shipped
-    from vestige.recipes.schema import read_yaml
+    from vestige.recipes.files import read_yaml
 
     return [
         {
@@ -120,7 +120,7 @@ def _plugins() -> list[dict[str, Any]]:
 
 
 def _teachers() -> list[dict[str, Any]]:
-    from vestige.recipes.teacher import teacher_recipes
+    from vestige.recipes.teacher_schema import teacher_recipes
     from vestige.teachers.loading import builtin_card, builtin_teachers
 
     rows = []

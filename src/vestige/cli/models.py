@@ -107,7 +107,7 @@ def export(
     ] = None,
 ) -> None:
     """Write the student for other programs, with its card; nothing is uploaded."""
-    from vestige.training.export import export as write
+    from vestige.training.export.student import export as write
 
     done = write(run, to=to.value, out=out, normalize=normalize, factory=factory)
     if to is To.onnx:

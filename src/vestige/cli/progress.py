@@ -3,12 +3,11 @@
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from vestige.cli.output import console
-
-if TYPE_CHECKING:
-    from vestige.training.tracking import Callback, Event
+from vestige.training.tracking import Callback, Event
+from vestige.training.tracking.position import Position
 
 # Between two lines where there is no terminal: at a new tenth of the run, and at any rate.
 TENTH_SECONDS, LINE_SECONDS = 5.0, 30.0
@@ -65,38 +64,32 @@ class RunProgress:
         """Print a line above the bar."""
         self._console.print(text, style=style, markup=False, highlight=False)
 
-    def callbacks(self, arm: str) -> "Sequence[Callback]":
+    def callbacks(self, arm: str) -> Sequence[Callback]:
         """What to hand to the trainer of `arm`."""
         return (self._follow(arm),)
 
-    def _follow(self, arm: str) -> "Callable[[Event], None]":
+    def _follow(self, arm: str) -> Callback:
         task = self._progress.add_task(arm, total=1.0, note="", visible=False, start=False)
         index = self._arms.index(arm)
         line = _Lines(arm, len(self._arms), index, self.say) if self._lines else None
-        position = {"step": 0, "share": 0.0, "next": 0.0, "steps": 0}
+        position = Position()
 
-        def show(share: float) -> None:
+        def show() -> None:
+            share = position.share
             self._progress.update(task, completed=share)
             self._progress.update(self._all, completed=index + share)
             if line is not None:
                 line.show(share)
 
-        def follow(event: "Event") -> None:
+        def follow(event: Event) -> None:
             data = event.data
+            position.follow(event)
             if event.kind == "start":
                 # Not before: what is wrong with a request is told without a bar above it.
                 self._progress.start_task(task)
                 self._progress.update(task, visible=True)
-                position["step"] = data["step"]
-            elif event.kind == "round":
-                position["steps"] = data["step"] - position["step"]
-                position["step"] = data["step"]
-                position["share"] = data["round"] / data["rounds"]
-                position["next"] = 1 / data["rounds"]
-                show(position["share"])
-            elif event.kind == "step" and position["steps"]:
-                within = min(1.0, (data["step"] - position["step"]) / position["steps"])
-                show(min(1.0, position["share"] + within * position["next"]))
+            elif event.kind in ("round", "end") or (event.kind == "step" and position.rounds):
+                show()
             elif event.kind == "evaluation":
                 score = next(iter(data["scores"].values()))
                 self._progress.update(task, note=f"test {score:.1%}")
@@ -104,8 +97,6 @@ class RunProgress:
                     line.note = f", test {score:.1%}"
             elif event.kind == "warning":
                 self.say(f"{arm}: {data['message']}", style="yellow")
-            elif event.kind == "end":
-                show(1.0)
 
         return follow
 

@@ -33,7 +33,7 @@ def show(
     """Print the resolved recipe, every known default written out; it is a recipe itself."""
     import yaml
 
-    from vestige.recipes.schema import load_recipe
+    from vestige.recipes.loading import load_recipe
 
     loaded = load_recipe(
         recipe, preset=preset, overrides=overrides or (), plugins=plugins or (), seed=seed
@@ -62,8 +62,8 @@ def validate(
     """
     from vestige.errors import RecipeError
     from vestige.recipes.checks import listed
+    from vestige.recipes.loading import find_problems, layered
     from vestige.recipes.presence import absent
-    from vestige.recipes.schema import find_problems, layered
 
     raw = layered(
         recipe, preset=preset, overrides=overrides or (), plugins=plugins or (), seed=seed

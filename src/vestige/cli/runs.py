@@ -194,7 +194,7 @@ def _run(request: _Request, recipe: "Recipe", note: str) -> None:
 def _resolve(request: _Request) -> "tuple[Recipe, str]":
     """The recipe that is to run, and what its arms have in common."""
     from vestige.recipes.compare import compare
-    from vestige.recipes.schema import load_recipe
+    from vestige.recipes.loading import load_recipe
 
     if request.compare is None:
         recipe = load_recipe(
@@ -269,7 +269,7 @@ def _numbered(stem: str, number: int) -> Path:
 def _print_result(summary: dict[str, Any], folder: Path) -> None:
     from rich.markup import escape
 
-    from vestige.training.tables import arms_table, result_table
+    from vestige.training.report.tables import arms_table, result_table
 
     shown = console()
     shown.print(result_table(summary))

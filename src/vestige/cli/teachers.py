@@ -42,8 +42,8 @@ def train_teacher(
     """
     from rich.progress import Progress
 
-    from vestige.recipes.teacher import load_teacher_recipe
     from vestige.recipes.teacher import train_teacher as train
+    from vestige.recipes.teacher_schema import load_teacher_recipe
 
     loaded = load_teacher_recipe(recipe)
     if device is not None:

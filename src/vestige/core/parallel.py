@@ -17,7 +17,6 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -26,37 +25,11 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from vestige.core import exchange
+from vestige.core.exchange import Shard
 from vestige.errors import ProcessError
 
 T = TypeVar("T")
-_HALVES = (torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Which rows of a batch this process computes.
-
-    Attributes:
-        rank: number of this process.
-        world: number of processes.
-        rows: of the whole batch; at least `world`.
-    """
-
-    rank: int
-    world: int
-    rows: int
-
-    @property
-    def own(self) -> slice:
-        """The rows of this process; those of rank r + 1 follow on those of rank r."""
-        return slice(self.rows * self.rank // self.world, self.rows * (self.rank + 1) // self.world)
-
-    @property
-    def count(self) -> int:
-        """Number of rows of this process, at least 1."""
-        return int(self.own.stop - self.own.start)
-
-
 _open: ContextVar[Shard | None] = ContextVar("shard", default=None)
 
 
@@ -83,9 +56,9 @@ def first(act: Callable[[], T]) -> T:
         try:
             outcome[0] = act()
         except BaseException as error:
-            _broadcast([None, _portable(error)])
+            exchange.broadcast([None, _portable(error)])
             raise
-    _broadcast(outcome)
+    exchange.broadcast(outcome)
     if outcome[1] is not None:
         raise outcome[1]
     return cast(T, outcome[0])
@@ -109,8 +82,8 @@ def differs(number: int) -> bool:
     """Whether `number`, below 2^62, is not the same in all processes."""
     if world() == 1:
         return False
-    ends = torch.tensor([number, -number], device=_host())
-    _reduce(ends, dist.ReduceOp.MAX)
+    ends = torch.tensor([number, -number], device=exchange.host())
+    exchange.reduce(ends, dist.ReduceOp.MAX)
     return int(ends[0]) != -int(ends[1])
 
 
@@ -118,8 +91,8 @@ def anywhere(flag: bool) -> bool:
     """Whether `flag` is set in any process."""
     if world() == 1:
         return flag
-    flags = torch.tensor(int(flag), device=_host())
-    _reduce(flags, dist.ReduceOp.MAX)
+    flags = torch.tensor(int(flag), device=exchange.host())
+    exchange.reduce(flags, dist.ReduceOp.MAX)
     return bool(flags)
 
 
@@ -158,9 +131,9 @@ def batch_mean(values: Tensor) -> Tensor:
     shard = _open.get()
     if shard is None:
         return values.mean() if values.dim() == 1 else values.mean(0)
-    wide = _wide(values)
+    wide = exchange.wide(values)
     count = wide.new_tensor([len(wide)])
-    sums = _all_sum(torch.cat([wide.sum(0).reshape(-1), count]))
+    sums = exchange.all_sum(torch.cat([wide.sum(0).reshape(-1), count]))
     return (sums[:-1] / sums[-1]).reshape(values.shape[1:]).to(values.dtype)
 
 
@@ -175,9 +148,9 @@ def batch_moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """
     shard = _open.get()
     if shard is None:
-        var, mean = torch.var_mean(values, _but_channels(values), correction=0)
+        var, mean = torch.var_mean(values, exchange.but_channels(values), correction=0)
         return mean, var
-    mean, var, _ = _moments(values, shard)
+    mean, var, _ = exchange.moments(values, shard)
     return mean, var
 
 
@@ -193,8 +166,8 @@ def batch_log_mean_exp(values: Tensor) -> Tensor:
     shard = _open.get()
     if shard is None:
         return torch.logsumexp(values, 0) - math.log(len(values))
-    wide = _wide(values)
-    sums, counts = _stacked(torch.logsumexp(wide, 0), wide.new_tensor(len(wide)), shard)
+    wide = exchange.wide(values)
+    sums, counts = exchange.stacked(torch.logsumexp(wide, 0), wide.new_tensor(len(wide)), shard)
     return (torch.logsumexp(sums, 0) - counts.sum().log()).to(values.dtype)
 
 
@@ -208,7 +181,7 @@ def batch_rows(values: Tensor) -> Tensor:
         (B, ...), the same in every process, with gradient.
     """
     shard = _open.get()
-    return values if shard is None else _gathered(values, shard)
+    return values if shard is None else exchange.gathered(values, shard)
 
 
 def rows_of_all(count: int) -> int:
@@ -227,7 +200,7 @@ def average(tensors: Sequence[Tensor]) -> list[Tensor]:
     # Not every device has float64.
     wide = torch.float32 if tensors[0].device.type == "mps" else torch.float64
     values = torch.stack([tensor.detach().to(wide) for tensor in tensors])
-    _reduce(values)
+    exchange.reduce(values)
     means = values / world()
     return [mean.to(tensor.dtype) for mean, tensor in zip(means, tensors, strict=True)]
 
@@ -241,7 +214,7 @@ def share(tensors: Iterable[Tensor]) -> None:
         try:
             dist.broadcast(values, src=0)
         except RuntimeError as error:
-            raise _lost(error) from error
+            raise exchange.lost(error) from error
         tensor.detach().copy_(values)
 
 
@@ -260,30 +233,7 @@ def says(message: str) -> bool:
 
 def sum_in_place(values: Tensor) -> None:
     """Replace `values`, contiguous, by their sum over the processes; no gradient."""
-    _reduce(values)
-
-
-class _AllSum(torch.autograd.Function):
-    """Sum over the processes; so is its gradient."""
-
-    @staticmethod
-    def forward(values: Tensor) -> Tensor:
-        total = values.detach().clone(memory_format=torch.contiguous_format)
-        _reduce(total)
-        return total
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        """Nothing to remember."""
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _all_sum(gradient)
-
-
-def _all_sum(values: Tensor) -> Tensor:
-    total: Tensor = _AllSum.apply(values)  # type: ignore[no-untyped-call]
-    return total
+    exchange.reduce(values)
 
 
 class _WholeBatchNorm(TorchFunctionMode):
@@ -349,7 +299,7 @@ def _normalized(
     shard: Shard,
 ) -> Tensor:
     """Batch normalisation by the statistics of the whole batch, as torch does it alone."""
-    mean, var, count = _moments(values, shard)
+    mean, var, count = exchange.moments(values, shard)
     running_mean, running_var = running
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
@@ -364,81 +314,3 @@ def _normalized(
         shift = shift + bias
     shape = (1, -1) + (1,) * (values.dim() - 2)
     return (values * scale.view(shape) + shift.view(shape)).to(values.dtype)
-
-
-def _moments(values: Tensor, shard: Shard) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance and number of values per channel over the whole batch."""
-    values = _wide(values)
-    number = values.numel() // values.shape[1]
-    if number:
-        var, mean = torch.var_mean(values, _but_channels(values), correction=0)
-    else:
-        # A variance of nothing is NaN; the graph must be there, or backward waits for ever.
-        mean = var = values.sum(_but_channels(values))
-    parts, counts = _stacked(torch.stack([mean, var]), mean.new_tensor(number), shard)
-    shares = (counts / counts.sum()).view(-1, 1)
-    means, variances = parts[:, 0], parts[:, 1]
-    mean = (shares * means).sum(0)
-    # Deviations from the common mean, not sums of squares, which cancel in float32.
-    var = (shares * (variances + (means - mean).square())).sum(0)
-    return mean, var, counts.sum()
-
-
-def _stacked(values: Tensor, count: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
-    """`values` of every process as (world, ...), and `count` of every process as (world,)."""
-    own = torch.cat([values.reshape(-1), count.view(1)])[None]
-    rows = _all_sum(_placed(own, shard.rank, shard.world - shard.rank - 1))
-    return rows[:, :-1].reshape(shard.world, *values.shape), rows[:, -1].detach()
-
-
-def _gathered(values: Tensor, shard: Shard) -> Tensor:
-    if values.dtype is torch.bool:
-        return _gathered(values.to(torch.uint8), shard).bool()
-    sizes = torch.zeros(shard.world, dtype=torch.int64, device=_host())
-    sizes[shard.rank] = len(values)
-    _reduce(sizes)
-    counts = sizes.tolist()
-    before, after = sum(counts[: shard.rank]), sum(counts[shard.rank + 1 :])
-    return _all_sum(_placed(values, before, after))
-
-
-def _placed(rows: Tensor, before: int, after: int) -> Tensor:
-    """`rows` with rows of zeros around them: a sum over processes puts them side by side."""
-    rest = rows.shape[1:]
-    return torch.cat([rows.new_zeros(before, *rest), rows, rows.new_zeros(after, *rest)])
-
-
-def _but_channels(values: Tensor) -> list[int]:
-    return [dim for dim in range(values.dim()) if dim != 1]
-
-
-def _wide(values: Tensor) -> Tensor:
-    # bfloat16 has 8 bits of mantissa: it can neither count rows nor hold a variance.
-    return values.float() if values.dtype in _HALVES else values
-
-
-def _host() -> torch.device:
-    """Where small numbers are exchanged: on the CPU, unless the group can only do it on GPUs."""
-    on_cpu = "cpu:" in str(dist.get_backend_config())
-    return torch.device("cpu" if on_cpu else "cuda")
-
-
-def _reduce(values: Tensor, by: Any = None) -> None:
-    try:
-        dist.all_reduce(values, dist.ReduceOp.SUM if by is None else by)
-    except RuntimeError as error:
-        raise _lost(error) from error
-
-
-def _broadcast(values: list[Any]) -> None:
-    try:
-        dist.broadcast_object_list(values, src=0, device=_host())
-    except RuntimeError as error:
-        raise _lost(error) from error
-
-
-def _lost(error: RuntimeError) -> ProcessError:
-    return ProcessError(
-        f"another process of this run has stopped or does something else ({error}); the message of "
-        "the one that stopped first says why"
-    )

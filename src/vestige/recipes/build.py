@@ -14,10 +14,11 @@ from vestige.core.protocols import JudgesInDetail, Plugin, Source, Task, Teacher
 from vestige.core.types import Requires, count_parameters
 from vestige.errors import RecipeError
 from vestige.recipes.catalog import DATA, METHODS, PLUGINS, TASKS
+from vestige.recipes.checks import explain
 from vestige.recipes.examples import fit_classes
 from vestige.recipes.requirements import check_requirements
 from vestige.recipes.resolve import resolve_teachers, shown
-from vestige.recipes.schema import Recipe, explain
+from vestige.recipes.schema import Recipe
 from vestige.recipes.settle import settled
 from vestige.recipes.sources import build_source, record_of
 from vestige.recipes.student import build_student, input_card, network_card

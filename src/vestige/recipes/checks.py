@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -11,13 +11,11 @@ from vestige.errors import RecipeError
 from vestige.models.factory import list_generators, model_arguments
 from vestige.recipes.catalog import METHODS, PLUGINS, TASKS
 from vestige.recipes.files import DEEPEST, MOST_VALUES, near, short
-from vestige.recipes.teacher import load_teacher_recipe
+from vestige.recipes.schema import Recipe
+from vestige.recipes.teacher_schema import load_teacher_recipe
 from vestige.teachers.loading import KEYS as TEACHER_KEYS
 from vestige.teachers.loading import KINDS as TEACHER_KINDS
 from vestige.teachers.loading import SCHEMES, builtin_teachers
-
-if TYPE_CHECKING:
-    from vestige.recipes.schema import Recipe
 
 
 def form_problems(value: Any) -> Iterator[str]:
@@ -183,7 +181,7 @@ def _model_problems(where: str, key: str, network: Mapping[str, Any]) -> Iterato
             yield f"{where}.args.{argument}: no such key{near(str(argument), valid)}"
 
 
-def requirement_problems(recipe: "Recipe") -> Iterator[str]:
+def requirement_problems(recipe: Recipe) -> Iterator[str]:
     """What the parts of a recipe ask of one another, for the main run and for every arm."""
     for name in recipe.arms:
         # An arm's name is that of its folder.

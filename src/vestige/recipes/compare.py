@@ -16,8 +16,9 @@ from vestige.recipes.catalog import METHODS, shipped
 from vestige.recipes.checks import listed
 from vestige.recipes.extras import lacking
 from vestige.recipes.files import merge, parse_override, read_yaml
+from vestige.recipes.loading import find_problems, layered
 from vestige.recipes.resolve import resolve_teachers
-from vestige.recipes.schema import Recipe, find_problems, layered
+from vestige.recipes.schema import Recipe
 
 # What every method is given as the recipe's own has it, where it has a setting of that name. What
 # the recipe says is `shared` comes on top.

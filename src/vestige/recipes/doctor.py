@@ -245,7 +245,8 @@ def _data() -> Iterator[Fact]:
 
 
 def _teachers() -> Iterator[Fact]:
-    from vestige.recipes.teacher import cache_folder, teacher_recipes, trained_already
+    from vestige.recipes.teacher import cache_folder, trained_already
+    from vestige.recipes.teacher_schema import teacher_recipes
     from vestige.teachers.loading import builtin_teachers
 
     yield Fact("teachers", "cache", "ok", shown_path(cache_folder()))
@@ -293,8 +294,8 @@ def _recipes() -> Iterator[Fact]:
     from vestige.errors import VestigeError
     from vestige.recipes.catalog import shipped
     from vestige.recipes.files import read_yaml
+    from vestige.recipes.loading import load_recipe
     from vestige.recipes.presence import absent
-    from vestige.recipes.schema import load_recipe
 
     for name in shipped():
         lacking: dict[str, str] = {}

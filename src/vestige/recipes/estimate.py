@@ -23,6 +23,7 @@ from vestige.errors import Interrupted, VestigeError
 from vestige.recipes.build import Job
 from vestige.training.checkpoint import encode
 from vestige.training.passes import Measured, PassRecorder, PassTimer, split_pass, timed_networks
+from vestige.training.tracking.position import duration
 from vestige.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class Estimate:
     def lines(self) -> list[str]:
         """For the terminal."""
         known = [
-            None if self.minutes is None else f"about {_duration(self.minutes)}",
+            None if self.minutes is None else f"about {duration(max(1.0, 60 * self.minutes))}",
             None
             if self.teacher_passes is None
             else f"{self.teacher_passes:,} inputs through the teacher",
@@ -239,8 +240,8 @@ def _conclude(
     minutes = share * seen.rounds * seconds / 60
     if config.minutes is not None and minutes > config.minutes:
         told.append(
-            f"All rounds would take about {_duration(minutes)}; trainer.minutes stops the run "
-            f"after {_duration(config.minutes)}."
+            f"All rounds would take about {duration(60 * minutes)}; trainer.minutes stops the run "
+            f"after {duration(60 * config.minutes)}."
         )
         share *= config.minutes / minutes
         minutes = config.minutes
@@ -262,11 +263,3 @@ def _conclude(
         disk,
         tuple(told),
     )
-
-
-def _duration(minutes: float) -> str:
-    if minutes < 1:
-        return f"{max(1, round(60 * minutes))} s"
-    if minutes < 120:
-        return f"{minutes:.0f} min"
-    return f"{minutes / 60:.1f} h"

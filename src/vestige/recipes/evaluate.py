@@ -15,8 +15,10 @@ from vestige.core.types import count_parameters
 from vestige.errors import DataError, RecipeError, TeacherError
 from vestige.recipes.catalog import TASKS
 from vestige.recipes.examples import fit_classes, open_for_judging
+from vestige.recipes.files import read_yaml
+from vestige.recipes.loading import validate
 from vestige.recipes.resolve import resolve_teachers
-from vestige.recipes.schema import Recipe, read_yaml, validate
+from vestige.recipes.schema import Recipe
 from vestige.recipes.teacher import teacher_from_recipe
 from vestige.teachers.ensemble import CombinedNetwork
 from vestige.teachers.loading import fingerprint, open_teacher

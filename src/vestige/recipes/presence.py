@@ -13,7 +13,8 @@ from vestige.recipes.catalog import DATA, METHODS, PLUGINS
 from vestige.recipes.extras import lacking
 from vestige.recipes.files import short
 from vestige.recipes.schema import Recipe
-from vestige.recipes.teacher import load_teacher_recipe, trained_already
+from vestige.recipes.teacher import trained_already
+from vestige.recipes.teacher_schema import load_teacher_recipe
 
 # Importing a module runs it, and these are the ways in which that usually ends.
 _IMPORT_FAILS = (

@@ -11,7 +11,8 @@ from typing import Any
 from vestige.core import parallel
 from vestige.errors import CheckpointError, Interrupted, RecipeError
 from vestige.recipes.build import Job, build
-from vestige.recipes.schema import Recipe, read_yaml
+from vestige.recipes.files import read_yaml
+from vestige.recipes.schema import Recipe
 from vestige.recipes.sources import MADE_UP
 from vestige.training.files import (
     LOCK,

@@ -16,6 +16,7 @@ from vestige.sources.images import TensorSource
 from vestige.sources.noise import NoiseSource
 from vestige.training.summary import RealData
 
+# Origins of inputs that nobody photographed, wrote or measured.
 MADE_UP = ("noise", "generator", "synthetic")
 
 

@@ -1,4 +1,4 @@
-"""What a method sees of the trainer: loops, optimizers, updates and randomness."""
+"""What a method and a plug-in see of the trainer: loops, optimizers, updates and randomness."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -336,3 +336,42 @@ class RunContext:
                 made.set_state(self._saved_generators[name])
         self.hooks.called = set(state["called"])
         self._optimizers.restore(state["optimizers"], complete=complete)
+
+
+class ScopedContext:
+    """The context as a plug-in sees it: its names do not meet the method's or another plug-in's."""
+
+    def __init__(self, ctx: RunContext, scope: str) -> None:
+        self._ctx = ctx
+        self._scope = scope
+
+    @property
+    def rng(self) -> torch.Generator:
+        """A stream of the plug-in's own: what it draws changes nothing that the method draws."""
+        return self.generator("rng")
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run is."""
+        return self._ctx.progress
+
+    @property
+    def device(self) -> torch.device:
+        """Where the run computes."""
+        return self._ctx.device
+
+    def generator(self, name: str) -> torch.Generator:
+        """A further stream of the plug-in's own."""
+        return self._ctx.generator(f"{self._scope}/{name}")
+
+    def optimizer(
+        self,
+        name: str,
+        params: Iterable[nn.Parameter],
+        factory: OptimizerFactory,
+        schedule: Schedule | None = None,
+        *,
+        fresh: bool = False,
+    ) -> Optimizer:
+        """An optimizer of the plug-in's own."""
+        return self._ctx.optimizer(f"{self._scope}/{name}", params, factory, schedule, fresh=fresh)

@@ -20,9 +20,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from vestige.core import modes
-from vestige.core.protocols import HoldsNetworks, Teacher
+from vestige.core.protocols import Teacher
 from vestige.core.types import Prediction
 from vestige.errors import ContractError
+from vestige.training.parts import networks_of
 
 PASSES = ("forward", "backward", "backward_to_input", "step")
 # Longest first: "backward_to_input" also ends in "input", and a network may be called "x_backward".
@@ -61,12 +62,7 @@ def timed_networks(
         found["student"] = student
     if teachers and isinstance(teachers[0], nn.Module):
         found["teacher"] = teachers[0]
-    for name, part in parts.items():
-        if isinstance(part, nn.Module):
-            found[name] = part
-        elif isinstance(part, HoldsNetworks):
-            found |= {f"{name}/{key}": network for key, network in part.networks().items()}
-    return found
+    return found | networks_of(parts)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from vestige.training.checkpoint import CheckpointStore
 from vestige.training.context import RunContext
 from vestige.training.parts import networks_of
 from vestige.training.sharding import state_number
-from vestige.training.tracking import MetricsFile
+from vestige.training.tracking.metrics import MetricsFile
 from vestige.training.watch import Watch
 
 KEPT_STATE = {

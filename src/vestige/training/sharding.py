@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vestige.core import parallel, seeding
+from vestige.core.exchange import Shard
 from vestige.core.types import Batch, Inputs, Loss, Prediction
 
 Backward = Callable[[Batch], Loss]
@@ -45,7 +46,7 @@ def over_processes(
 
 @contextmanager
 def _own_randomness(
-    seed: int, shard: parallel.Shard, generators: Mapping[str, torch.Generator]
+    seed: int, shard: Shard, generators: Mapping[str, torch.Generator]
 ) -> Iterator[None]:
     before = {name: made.get_state() for name, made in generators.items()}
     with seeding.seeded(seed, f"process {shard.rank}"):

@@ -21,16 +21,15 @@ from vestige.errors import (
 )
 from vestige.teachers.loading import fingerprint
 from vestige.training import compute, guard, runtime
-from vestige.training.audience import Audience
 from vestige.training.budget import Budget
-from vestige.training.context import RunContext
+from vestige.training.context import RunContext, ScopedContext
 from vestige.training.diagnosis import Finding
 from vestige.training.interrupts import interruptible
 from vestige.training.outcome import Outcome
 from vestige.training.parts import networks_of, run_parts
 from vestige.training.run_state import RunState
-from vestige.training.scoped_context import ScopedContext
 from vestige.training.tracking import Callback
+from vestige.training.tracking.audience import Audience
 from vestige.training.trainer_config import TrainerConfig
 from vestige.training.watch import Watch
 

@@ -3,7 +3,7 @@
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from vestige.training import compute
-from vestige.training.tracking import check_names
+from vestige.training.tracking.trackers import check_names
 
 
 class TrainerConfig(BaseModel):

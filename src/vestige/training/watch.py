@@ -11,7 +11,7 @@ from vestige.core.types import Loss, Step, at_least_float32
 from vestige.errors import NonFiniteLossError
 from vestige.training.diagnosis import Diagnosis, RoundRecord
 from vestige.training.moments import Moments
-from vestige.training.tracking import MetricsFile
+from vestige.training.tracking.metrics import MetricsFile
 
 _TOTALS = 1024
 _SAMPLE_BATCHES, _SAMPLE_ROWS, _SAMPLE_BYTES = 8, 64, 16 * 2**20

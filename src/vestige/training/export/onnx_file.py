@@ -28,7 +28,7 @@ _FAILURES = (RuntimeError, ValueError, TypeError, NotImplementedError, Attribute
 
 @dataclass(frozen=True)
 class Written:
-    """How a file compares: see `vestige.training.export.Exported`."""
+    """How a file compares: see `vestige.training.export.student.Exported`."""
 
     largest_difference: float
     opset: int

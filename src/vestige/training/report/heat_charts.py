@@ -7,7 +7,16 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from vestige.training.charts import colour, empty, head, percent, plain, shares_of, text_at, usable
+from vestige.training.report.charts import (
+    colour,
+    empty,
+    head,
+    percent,
+    plain,
+    shares_of,
+    text_at,
+    usable,
+)
 
 CONFUSION_CLASSES = 20
 

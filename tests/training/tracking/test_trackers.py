@@ -17,9 +17,10 @@ from vestige.methods.kd import KD, KDConfig
 from vestige.sources.noise import NoiseSource
 from vestige.tasks.classification import Classification
 from vestige.teachers.white_box import WhiteBoxTeacher
-from vestige.training import tracking
-from vestige.training.trackers import TrackedRun
-from vestige.training.tracking import Event, MetricsFile, Trackers, read_metrics, scalars_of
+from vestige.training.tracking import Event, trackers
+from vestige.training.tracking.backends import TrackedRun
+from vestige.training.tracking.metrics import MetricsFile, read_metrics, scalars_of
+from vestige.training.tracking.trackers import Trackers
 from vestige.training.trainer import Trainer
 from vestige.training.trainer_config import TrainerConfig
 
@@ -65,8 +66,8 @@ def recorder(monkeypatch):
     """Stands for TensorBoard; gives what it was told by run."""
     monkeypatch.setattr(Recorder, "runs", {})
     monkeypatch.setattr(Recorder, "fail", "")
-    monkeypatch.setitem(tracking.TRACKERS, "tensorboard", Recorder)
-    monkeypatch.setattr(tracking, "find_spec", lambda name: object())
+    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", Recorder)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: object())
     return Recorder
 
 
@@ -176,14 +177,14 @@ def test_a_name_twice_and_a_run_without_folder_are_refused(recorder):
     [("tensorboard", r"pip install 'vestige\[track\]'"), ("mlflow", "pip install mlflow")],
 )
 def test_a_package_that_is_missing_is_told_with_its_command(name, command, nets, monkeypatch):
-    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=command):
         trainer(nets, Path("never-made"), track=(name,))
     assert not Path("never-made").exists()
 
 
 def test_only_the_first_of_several_processes_tells(monkeypatch, tmp_path, recorder):
-    monkeypatch.setattr(tracking.parallel, "rank", lambda: 1)
+    monkeypatch.setattr(trackers.parallel, "rank", lambda: 1)
     assert not Trackers(["tensorboard"], tmp_path, {})
 
 

@@ -9,7 +9,7 @@ import yaml
 from torch import Tensor
 
 from vestige.training.files import write_bytes, write_text
-from vestige.training.run_folder import RunFolder
+from vestige.training.report.run_folder import RunFolder
 
 _PAGE = """\
 ---

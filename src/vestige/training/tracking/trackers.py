@@ -1,16 +1,14 @@
-"""Metrics of a run as JSON lines, events for whoever wants to follow it, and trackers.
+"""The trackers of a run: which are told, and what each knows already.
 
-The metrics file is always written. Trackers get its rows, each once: which step a tracker knows is
-kept in the run folder, so a resumed run neither repeats rows nor leaves any out.
+They get the rows of the metrics file, each once: which step a tracker knows is kept in the run
+folder, so a resumed run neither repeats rows nor leaves any out.
 """
 
 import difflib
 import json
 import logging
-import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -24,106 +22,16 @@ from vestige.core import parallel, seeding
 from vestige.core.types import InputSpec
 from vestige.errors import MissingExtraError, RecipeError
 from vestige.training import guard
-from vestige.training.files import write_bytes, write_json, writing
+from vestige.training.files import write_json
 from vestige.training.moments import drawable
 from vestige.training.pictures import contact_sheet
-from vestige.training.trackers import TRACKERS, TrackedRun, Tracker
+from vestige.training.tracking.backends import TRACKERS, TrackedRun, Tracker
+from vestige.training.tracking.metrics import read_metrics, scalars_of
 
 logger = logging.getLogger(__name__)
 
 _SHEET_IMAGES, _SHEET_COLUMNS = 64, 8
 _INSTALLED_BY = {"tensorboard": "'vestige[track]'"}
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something happened in a run; what `data` holds depends on `kind`.
-
-    | kind | when | data |
-    | --- | --- | --- |
-    | `start` | before the first step | `resumed`: bool; `step`: steps already done |
-    | `step` | every `log_every` steps | `step`; `terms`: of the losses, `{role: {name: float}}` |
-    | `evaluation` | after a round, where something judges | `step`; `scores`: metrics by name |
-    | `round` | after each round | `loop`: name; `round`: finished; `rounds`: of the loop; `step`; |
-    | | | `seconds`: of the run; `agreement`: with the teacher on fresh inputs, or None |
-    | `warning` | when something is noticed | `message` |
-    | `end` | after the last step | `step`; `seconds` |
-
-    Steps count over the whole run, its earlier parts included. A callback is called between two
-    steps, with the state of all random generators kept; what it raises ends the run.
-    """
-
-    kind: str
-    data: Mapping[str, Any] = field(default_factory=dict)
-
-
-Callback = Callable[[Event], None]
-
-
-class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, in the order of steps; None keeps nothing.
-
-    Args:
-        path: the file, or None.
-        follow: called with the rows of each `flush` after they were written.
-
-    Attributes:
-        rows: number of rows that were written.
-    """
-
-    def __init__(
-        self,
-        path: Path | None,
-        follow: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
-    ) -> None:
-        self.path = path
-        self.follow = follow
-        self.rows = 0
-        self._rows: list[str] = []
-
-    def add(self, kind: str, **values: Any) -> None:
-        """Remember a row until `flush`."""
-        self._rows.append(json.dumps({"kind": kind, **_finite(values)}))
-
-    def flush(self) -> None:
-        """Append the remembered rows."""
-        rows = list(self._rows)
-        if self.path is not None and rows:
-            with writing(self.path):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.path, "a", encoding="utf8") as stream:
-                    stream.write("\n".join(rows) + "\n")
-            self.rows += len(rows)
-        self._rows.clear()
-        if rows:
-            self.follow([json.loads(row) for row in rows])
-
-    def restart(self, rows: int) -> None:
-        """Keep the first `rows` rows, which a checkpoint knows of; what came later is repeated."""
-        self._rows.clear()
-        self.rows = rows
-        if self.path is None or not self.path.is_file():
-            return
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        if len(lines) < rows:
-            logger.warning(
-                "%s has %d of the %d rows that the checkpoint knows of; the others are lost",
-                self.path,
-                len(lines),
-                rows,
-            )
-        write_bytes(self.path, b"".join(lines[:rows]))
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line that is cut short is left out."""
-    rows = []
-    for line in path.read_bytes().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -324,36 +232,3 @@ class Trackers:
 
     def _state_file(self) -> Path:
         return Path(str(self._out)) / "trackers" / "state.json"
-
-
-def scalars_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What the rows of one step say, by names that are the same in every tracker.
-
-    `ROLE/TERM` and `ROLE/total` are losses, `round/...` is what was seen in a round, `test/...`
-    are scores.
-    """
-    found: dict[str, float | None] = {}
-    for row in rows:
-        if row["kind"] == "step":
-            found |= {f"{row['role']}/{name}": value for name, value in row["terms"].items()}
-            found[f"{row['role']}/total"] = row["total"]
-        elif row["kind"] == "round":
-            classes = row["classes"]
-            found["round/number"] = row["round"]
-            found["round/agreement"] = row["agreement"]
-            found["round/train_eval_agreement"] = row["train_eval_agreement"]
-            found["round/class_coverage"] = sum(map(bool, classes)) / max(1, len(classes))
-        elif row["kind"] == "evaluation":
-            found |= {f"test/{name}": value for name, value in row["scores"].items()}
-    return {name: float(value) for name, value in found.items() if value is not None}
-
-
-def _finite(value: Any) -> Any:
-    # NaN and infinity are not JSON; a reader gets null instead of an error.
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

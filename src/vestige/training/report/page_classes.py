@@ -4,12 +4,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from vestige.training import charts, heat_charts, tables
-from vestige.training.charts import Series
-from vestige.training.page_curves import chart
-from vestige.training.page_values import class_names, exact, safe
-from vestige.training.run_folder import RunFolder
-from vestige.training.tables import mapping, number, sequence
+from vestige.training.report import charts, heat_charts, tables
+from vestige.training.report.charts import Series
+from vestige.training.report.page_curves import chart
+from vestige.training.report.page_values import class_names, exact, safe
+from vestige.training.report.run_folder import RunFolder
+from vestige.training.report.tables import mapping, number, sequence
 
 _ALL, _WORST, _BEST = 20, 10, 5
 _CASES = (

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from vestige.training.page_classes import classes_view
-from vestige.training.page_compare import differing_keys, not_comparable
 from vestige.training.pictures import save_png
-from vestige.training.report import read_run, write_report
-from vestige.training.tables import (
+from vestige.training.report import write_report
+from vestige.training.report.page_classes import classes_view
+from vestige.training.report.page_compare import differing_keys, not_comparable
+from vestige.training.report.run_folder import read_run
+from vestige.training.report.tables import (
     arm_rows,
     arms_table,
     format_size,

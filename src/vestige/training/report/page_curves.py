@@ -4,11 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vestige.training import charts, heat_charts, tables
-from vestige.training.charts import Series
-from vestige.training.page_values import class_names, in_order, safe, words
-from vestige.training.run_folder import RunFolder
-from vestige.training.tables import mapping, number, sequence
+from vestige.training.report import charts, heat_charts, tables
+from vestige.training.report.charts import Series
+from vestige.training.report.page_values import class_names, in_order, safe, words
+from vestige.training.report.run_folder import RunFolder
+from vestige.training.report.tables import mapping, number, sequence
 
 Parts = Sequence[tuple[str, RunFolder]]
 

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from vestige.training.charts import (
+from vestige.training.report.charts import (
     Series,
     bar,
     line_chart,
@@ -14,7 +14,7 @@ from vestige.training.charts import (
     plain,
     shares_of,
 )
-from vestige.training.heat_charts import confusion, heat_strip
+from vestige.training.report.heat_charts import confusion, heat_strip
 
 HOSTILE = "<script>alert(1)</script>&\"'"
 

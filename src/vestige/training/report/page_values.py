@@ -5,9 +5,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from vestige.training import tables
-from vestige.training.run_folder import RunFolder
-from vestige.training.tables import mapping, number, sequence
+from vestige.training.report import tables
+from vestige.training.report.run_folder import RunFolder
+from vestige.training.report.tables import mapping, number, sequence
 
 
 def metric_of(run: RunFolder) -> str:

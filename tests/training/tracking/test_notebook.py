@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from vestige.training import notebook
-from vestige.training.notebook import Position, as_table, shown
-from vestige.training.tracking import Event
+from vestige.training.tracking import Event, notebook
+from vestige.training.tracking.notebook import as_table, shown
+from vestige.training.tracking.position import Position
 
 
 def round_event(number: int, step: int, rounds: int = 4, loop: str = "distill") -> Event:
@@ -20,42 +20,6 @@ def clock(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(notebook.time, "monotonic", lambda: now[0])
     return now
-
-
-def test_the_time_left_follows_from_the_pace_of_the_rounds(clock):
-    position = Position()
-    position.follow(Event("start", {"resumed": False, "step": 0}))
-    clock[0] += 50  # set-up says nothing about the pace
-    position.follow(round_event(1, 10))
-    assert position.left_s is None
-    clock[0] += 3
-    position.follow(round_event(2, 20))
-    assert position.left_s == pytest.approx(6)
-    clock[0] += 2
-    assert position.left_s == pytest.approx(4)
-
-
-def test_a_resumed_run_is_timed_from_where_it_began(clock):
-    position = Position()
-    position.follow(Event("start", {"resumed": True, "step": 20}))
-    position.follow(round_event(3, 30, rounds=10))
-    clock[0] += 2
-    position.follow(round_event(4, 40, rounds=10))
-    assert position.left_s == pytest.approx(12)
-    assert position.share == pytest.approx(0.4)
-
-
-def test_the_share_moves_within_a_round():
-    position = Position()
-    position.follow(Event("start", {"resumed": False, "step": 0}))
-    assert position.share == 0
-    position.follow(round_event(1, 10))
-    position.follow(Event("step", {"step": 15, "terms": {}}))
-    assert position.share == pytest.approx(1.5 / 4)
-    position.follow(Event("step", {"step": 99, "terms": {}}))
-    assert position.share == pytest.approx(2 / 4)
-    position.follow(Event("end", {"step": 40, "seconds": 2.0}))
-    assert position.share == 1
 
 
 def test_a_table_tells_terms_agreement_scores_and_warnings():

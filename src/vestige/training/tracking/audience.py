@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from vestige.core import parallel, seeding
-from vestige.training.tracking import Callback, Event, MetricsFile, Trackers
+from vestige.training.tracking import Callback, Event
+from vestige.training.tracking.metrics import MetricsFile
+from vestige.training.tracking.trackers import Trackers
 from vestige.training.trainer_config import TrainerConfig
 
 logger = logging.getLogger(__name__)

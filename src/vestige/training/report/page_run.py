@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from vestige.training import charts, page_origins, tables
-from vestige.training.page_classes import classes_view
-from vestige.training.page_curves import (
+from vestige.training.report import charts, page_origins, tables
+from vestige.training.report.page_classes import classes_view
+from vestige.training.report.page_curves import (
     Parts,
     class_strips,
     has_places,
@@ -15,7 +15,7 @@ from vestige.training.page_curves import (
     score_chart,
     term_charts,
 )
-from vestige.training.page_values import (
+from vestige.training.report.page_values import (
     exact,
     images_read,
     interval_of,
@@ -27,8 +27,8 @@ from vestige.training.page_values import (
     stopped_early,
     words,
 )
-from vestige.training.run_folder import RunFolder
-from vestige.training.tables import UNKNOWN, ArmRow, mapping, number, sequence
+from vestige.training.report.run_folder import RunFolder
+from vestige.training.report.tables import UNKNOWN, ArmRow, mapping, number, sequence
 
 # As the diagnosis itself: in fewer rounds it says nothing.
 _ROUNDS_TO_JUDGE = 4

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vestige.training.files import write_bytes
-from vestige.training.page_compare import comparison_view
-from vestige.training.page_run import run_view
-from vestige.training.run_folder import RunFolder, read_run
+from vestige.training.report.page_compare import comparison_view
+from vestige.training.report.page_run import run_view
+from vestige.training.report.run_folder import RunFolder, read_run
 
 _TEMPLATES = Path(__file__).with_name("templates")
 

@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vestige.training import charts, page_origins, tables
-from vestige.training.page_classes import agreement_of, per_class, worst_first
-from vestige.training.page_curves import has_places, round_chart, score_chart
-from vestige.training.page_values import (
+from vestige.training.report import charts, page_origins, tables
+from vestige.training.report.page_classes import agreement_of, per_class, worst_first
+from vestige.training.report.page_curves import has_places, round_chart, score_chart
+from vestige.training.report.page_values import (
     class_names,
     exact,
     images_read,
@@ -20,8 +20,8 @@ from vestige.training.page_values import (
     stopped_early,
     words,
 )
-from vestige.training.run_folder import RunFolder
-from vestige.training.tables import UNKNOWN, mapping, number, sequence
+from vestige.training.report.run_folder import RunFolder
+from vestige.training.report.tables import UNKNOWN, mapping, number, sequence
 
 # Aliases make a short YAML file as large as one likes, or a circle; depth makes it slow.
 _LARGEST_RECIPE, _MOST_ALIASES, _DEEPEST = 5000, 20, 40

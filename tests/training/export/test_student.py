@@ -14,10 +14,10 @@ from vestige.core.types import InputSpec
 from vestige.errors import ExportError, RecipeError, TeacherError
 from vestige.models.factory import build_model
 from vestige.recipes.evaluate import evaluate
+from vestige.recipes.loading import load_recipe
 from vestige.recipes.run import run_recipe
-from vestige.recipes.schema import load_recipe
 from vestige.teachers.loading import fingerprint, load_teacher
-from vestige.training.export import export
+from vestige.training.export.student import export
 from vestige.training.files import tensors_to_bytes, write_bytes, write_json
 
 SPEC = InputSpec.image(1, 16, 16, mean=(0.3,), std=(0.2,))

@@ -4,10 +4,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vestige.training import tables
-from vestige.training.page_values import exact, records_of
-from vestige.training.run_folder import RunFolder
-from vestige.training.tables import UNKNOWN, mapping, number
+from vestige.training.report import tables
+from vestige.training.report.page_values import exact, records_of
+from vestige.training.report.run_folder import RunFolder
+from vestige.training.report.tables import UNKNOWN, mapping, number
 
 
 def real_data(everyone: Sequence[tuple[str, RunFolder]]) -> list[dict[str, Any]]:

@@ -14,10 +14,10 @@ from vestige.errors import RecipeError, TeacherError
 from vestige.teachers.files import load_weights, read_weights
 from vestige.teachers.loading import load_teacher
 from vestige.teachers.opened import read_input
+from vestige.training.export.model_card import write_model_card
+from vestige.training.export.onnx_file import write_onnx
 from vestige.training.files import tensors_to_bytes, write_bytes, write_json
-from vestige.training.model_card import write_model_card
-from vestige.training.onnx_file import write_onnx
-from vestige.training.run_folder import read_run
+from vestige.training.report.run_folder import read_run
 
 Form = Literal["safetensors", "onnx", "hub"]
 CARD = "student.json"

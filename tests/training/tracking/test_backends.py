@@ -20,7 +20,8 @@ from vestige.methods.kd import KD, KDConfig
 from vestige.sources.noise import NoiseSource
 from vestige.tasks.classification import Classification
 from vestige.teachers.white_box import WhiteBoxTeacher
-from vestige.training.tracking import Event, read_metrics, scalars_of
+from vestige.training.tracking import Event
+from vestige.training.tracking.metrics import read_metrics, scalars_of
 from vestige.training.trainer import Trainer
 from vestige.training.trainer_config import TrainerConfig
 
