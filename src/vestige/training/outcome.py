@@ -23,6 +23,7 @@ class Outcome:
         samples: (inputs, the teacher's classes) of the latest student batches, or None.
         complete: False if a budget stopped the run.
         moments: inputs at about 8 moments of the run; empty where they cannot be drawn.
+        retention: see `Retention.figures`; None where it cannot be told.
     """
 
     result: Result
@@ -34,6 +35,7 @@ class Outcome:
     samples: tuple[Tensor, Tensor] | None = None
     complete: bool = True
     moments: list[Moment] = field(default_factory=list)
+    retention: dict[str, float] | None = None
 
     @property
     def network(self) -> nn.Module | None:

@@ -21,7 +21,7 @@ from vestige.training.watch import Watch
 
 KEPT_STATE = {
     *("identity", "number", "seconds", "context", "parts", "flags", "globals", "diagnosis"),
-    *("scores", "queries", "samples", "moments", "student_steps", "rows"),
+    *("scores", "queries", "samples", "moments", "retention", "student_steps", "rows"),
 }
 
 

@@ -143,6 +143,7 @@ def summarize(
         "seconds": round(outcome.seconds, 2),
         "peak_memory_mib": round(runtime.peak_memory_mib(device), 1),
         "teacher_queries": outcome.teacher_queries,
+        "retention": outcome.retention,
         "real_data": [asdict(item) for item in facts.real_data],
         "seed": facts.seed,
         "device": str(device),

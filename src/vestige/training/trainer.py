@@ -179,6 +179,7 @@ class Trainer:
                 raise QueryBudgetExceeded(f"{error}{self.state.kept()}") from error
             with self._aside():
                 findings = self._finish()
+                retention = self._retention()
             # Outside of the pause: this is the method's own code.
             result = self.method.result()
         if self._teacher_weights() != teachers:
@@ -196,6 +197,7 @@ class Trainer:
             self.watch.latest_samples(),
             complete=not self.ctx.cut_short,
             moments=self.watch.moments.chosen(),
+            retention=retention,
         )
 
     @contextmanager
@@ -341,6 +343,9 @@ class Trainer:
         findings = [*self.noticed, *findings]
         self.audience.tell("end", step=self.ctx.progress.steps, seconds=self.budget.seconds())
         return findings
+
+    def _retention(self) -> dict[str, float] | None:
+        return None if self.student is None else self.watch.retention.figures(self.student)
 
     # Helpers
 

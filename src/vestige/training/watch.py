@@ -11,6 +11,7 @@ from vestige.core.types import Loss, Step, at_least_float32
 from vestige.errors import NonFiniteLossError
 from vestige.training.diagnosis import Diagnosis, RoundRecord
 from vestige.training.moments import Moments
+from vestige.training.retention import Retention
 from vestige.training.tracking.metrics import MetricsFile
 
 _TOTALS = 1024
@@ -26,6 +27,7 @@ class Watch:
     Attributes:
         diagnosis: of the student's updates.
         moments: inputs over time.
+        retention: what the student still knows of earlier inputs.
         scores: one entry per evaluation, "step" and the metrics.
         student_steps: number of student updates.
     """
@@ -33,6 +35,7 @@ class Watch:
     def __init__(self, task: Task) -> None:
         self.diagnosis = Diagnosis(task.num_classes)
         self.moments = Moments(task.spec)
+        self.retention = Retention()
         self.scores: list[dict[str, float]] = []
         self.student_steps = 0
         self._samples: list[tuple[Tensor, Tensor]] = []
@@ -52,6 +55,7 @@ class Watch:
         self._pending[step.role] = step.loss
         if step.role == "student":
             self.diagnosis.observe(step.loss)
+            self.retention.observe(step.loss)
 
     def log(
         self, metrics: MetricsFile, progress: Progress, seconds: float, kept_step: int
@@ -122,6 +126,7 @@ class Watch:
     ) -> RoundRecord | None:
         """What the round showed, as a row of the metrics; None without student updates."""
         self.moments.end_round(progress.loop, progress.round, progress.steps)
+        self.retention.end_round(student)
         record = self.diagnosis.end_round(student)
         if record is not None:
             metrics.add(
@@ -151,6 +156,7 @@ class Watch:
             "scores": self.scores,
             "samples": self._samples,
             "moments": self.moments.state_dict(),
+            "retention": self.retention.state_dict(),
             "student_steps": self.student_steps,
         }
 
@@ -160,4 +166,5 @@ class Watch:
         self.scores[:] = state["scores"]
         self._samples = state["samples"]
         self.moments.load_state_dict(state["moments"])
+        self.retention.load_state_dict(state["retention"])
         self.student_steps = int(state["student_steps"])
