@@ -24,7 +24,7 @@ def l1_logits(
     Raises:
         ShapeError: the shapes differ (they are never broadcast) or have no class dimension.
     """
-    _check_same_shape(student, teacher)
+    check_same_shape(student, teacher)
     # F.l1_loss rather than (s - t).abs(): autocast then computes it in float32.
     return F.l1_loss(student, teacher, reduction="none").flatten(1).mean(1)
 
@@ -63,7 +63,7 @@ def kl_divergence(
         raise RecipeError(
             f"got temperature {temperature}, expected a value above 0; 1 leaves the logits alone"
         )
-    _check_same_shape(student, teacher)
+    check_same_shape(student, teacher)
     divergence = F.kl_div(
         F.log_softmax(student / temperature, 1),
         F.log_softmax(teacher / temperature, 1),
@@ -74,7 +74,12 @@ def kl_divergence(
     return divergence.unsqueeze(-1).flatten(1).mean(1) * temperature**2
 
 
-def _check_same_shape(student: Tensor, teacher: Tensor) -> None:
+def check_same_shape(student: Tensor, teacher: Tensor) -> None:
+    """Refuse logits that would be broadcast.
+
+    Raises:
+        ShapeError: the shapes differ or have no class dimension.
+    """
     if student.shape != teacher.shape or student.dim() < 2:
         raise ShapeError(
             f"got student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)}, "

@@ -76,6 +76,45 @@ def bn_statistics_loss(
     return torch.stack(terms).mean() if norm == "relative" else torch.stack(terms).sum()
 
 
+def smoothed(
+    observed: Sequence[Stats], earlier: Sequence[Stats] | None, momentum: float
+) -> tuple[Stats, ...]:
+    """Statistics of a batch mixed with those of the batches before it (Fast, arXiv 2112.06253).
+
+    The stored statistics are those of a whole data set, and a small batch need not have them by
+    itself: only together with what was made before.
+
+    Args:
+        observed: per layer mean and variance (C,), with gradient.
+        earlier: an exponential mean of the batches before, as constants; None before there is one.
+        momentum: share of `earlier`, in [0, 1).
+
+    Returns:
+        Per layer (1 - momentum) * observed + momentum * earlier, mean and variance alike, with
+        gradient to `observed`; `observed` as it is without `earlier`.
+
+    Raises:
+        RecipeError: the momentum is not in [0, 1).
+        ShapeError: a different number of layers.
+    """
+    if not 0 <= momentum < 1:
+        raise RecipeError(f"got momentum {momentum}, expected a value in [0, 1); 0.9 is Fast's")
+    if earlier is None:
+        return tuple(observed)
+    if len(observed) != len(earlier):
+        raise ShapeError(
+            f"got statistics of {len(observed)} observed and {len(earlier)} earlier layers, "
+            "expected the same number"
+        )
+    return tuple(
+        Stats(
+            (1 - momentum) * seen.mean + momentum * before.mean.detach(),
+            (1 - momentum) * seen.var + momentum * before.var.detach(),
+        )
+        for seen, before in zip(observed, earlier, strict=True)
+    )
+
+
 def _relative(seen: Stats, kept: Stats) -> Tensor:
     # Channels that died in training have no variance; a share of the layer's mean keeps them from
     # outweighing all others.

@@ -1,5 +1,6 @@
 """Networks that turn noise into images."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -213,7 +214,7 @@ class DCGANGenerator(nn.Module):
             ]
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Sequential(nn.Conv2d(width, channels, 3, padding=1), nn.Tanh())
-        self.apply(_dcgan_init)
+        reinitialize(self)
 
     def forward(self, latent: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch c h w"]:
         """Noise (B, Z) to (B, C, H, W) in [-1, 1]; gradient flows to the noise.
@@ -223,6 +224,31 @@ class DCGANGenerator(nn.Module):
         """
         images: Tensor = self.head(self.blocks(self.project(latent)))
         return at_least_float32(images)
+
+
+def reinitialize(module: nn.Module, rng: torch.Generator | None = None) -> None:
+    """New weights: convolutions and linear layers N(0, 0.02), BN weights N(1, 0.02), biases 0.
+
+    Running statistics stay, since a generator in training mode does not use them.
+    CMI does so before each batch that it inverts, in DCGAN's manner.
+
+    Args:
+        module: changed in place.
+        rng: draws; None takes torch's global generator.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            mean = 0.0
+        elif isinstance(layer, nn.BatchNorm2d) and layer.affine:
+            mean = 1.0
+        else:
+            continue
+        with torch.no_grad():
+            where = layer.weight.device if rng is None else rng.device
+            drawn = torch.empty(layer.weight.shape, device=where).normal_(mean, 0.02, generator=rng)
+            layer.weight.copy_(drawn)
+            if layer.bias is not None:
+                layer.bias.zero_()
 
 
 def _head(name: str, width: int, channels: int) -> nn.Sequential:
@@ -237,14 +263,3 @@ def _head(name: str, width: int, channels: int) -> nn.Sequential:
             "'tanh_bn' is the default"
         )
     return nn.Sequential(nn.Conv2d(width, channels, 3, padding=1), *heads[name])
-
-
-def _dcgan_init(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-        nn.init.normal_(module.weight, 0.0, 0.02)
-    elif isinstance(module, nn.BatchNorm2d):
-        nn.init.normal_(module.weight, 1.0, 0.02)
-    else:
-        return
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
