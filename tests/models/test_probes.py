@@ -5,9 +5,18 @@ import pytest
 import torch
 from torch import nn
 
-from vestige.errors import ContractError, NoBatchNormError
+from vestige.core.functional import functional
+from vestige.core.types import InputSpec
+from vestige.errors import ContractError, NoBatchNormError, RecipeError, TeacherError
 from vestige.losses.statistics import bn_statistics_loss
-from vestige.models.probes import BatchNormProbe, batchnorm_layers
+from vestige.models.factory import build_model
+from vestige.models.probes import (
+    BatchNormProbe,
+    FeatureProbe,
+    batchnorm_layers,
+    penultimate_layer,
+    spatial_layers,
+)
 
 
 @pytest.fixture
@@ -234,3 +243,109 @@ def test_a_network_without_running_statistics_is_refused(net):
 def test_only_layers_with_running_statistics_are_found(teacher):
     net = nn.ModuleDict({"teacher": teacher, "bare": nn.BatchNorm1d(2, track_running_stats=False)})
     assert batchnorm_layers(net) == {"teacher.1": teacher[1], "teacher.4": teacher[4]}
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+def test_instance_means_are_each_rows_own_side_by_side(teacher, statistics):
+    inputs = draw(4, 2, 8, 8).requires_grad_()
+    with BatchNormProbe(teacher, statistics=statistics, instance_means=True) as probe:
+        teacher(inputs)
+    expected = [teacher[:index](inputs).mean((2, 3)) for index in (1, 4)]
+    torch.testing.assert_close(probe.instance_means(), torch.cat(expected, dim=1))
+    # Row 0 depends on image 0 alone.
+    (grad,) = torch.autograd.grad(probe.instance_means()[0].sum(), inputs)
+    assert grad[0].abs().sum() > 0
+    assert grad[1:].abs().sum() == 0
+
+
+def test_what_was_not_asked_for_is_not_there(teacher):
+    with BatchNormProbe(teacher) as probe:
+        teacher(draw(4, 2, 8, 8))
+    with pytest.raises(ContractError, match="instance_means=True"):
+        probe.instance_means()
+    with BatchNormProbe(teacher, statistics=False, instance_means=True) as probe:
+        teacher(draw(4, 2, 8, 8))
+    with pytest.raises(ContractError, match="statistics=True"):
+        probe.observed()
+    with pytest.raises(ContractError, match="observes nothing"):
+        BatchNormProbe(teacher, statistics=False)
+
+
+def test_statistics_and_instance_means_together_have_the_sum_of_their_gradients(teacher):
+    inputs = draw(4, 2, 8, 8).requires_grad_()
+
+    def gradient(probe: BatchNormProbe, *, both: bool) -> torch.Tensor:
+        with probe:
+            teacher(inputs)
+        value = bn_statistics_loss(probe.observed(), probe.stored())
+        if both:
+            value = value + probe.instance_means().square().sum()
+        return torch.autograd.grad(value, inputs)[0]
+
+    together = gradient(BatchNormProbe(teacher, instance_means=True), both=True)
+    alone = gradient(BatchNormProbe(teacher), both=False)
+    with BatchNormProbe(teacher, statistics=False, instance_means=True) as probe:
+        teacher(inputs)
+    means = torch.autograd.grad(probe.instance_means().square().sum(), inputs)[0]
+    torch.testing.assert_close(together, alone + means)
+
+
+@pytest.mark.parametrize("of", ["input", "output"])
+def test_features_are_what_enters_or_leaves_named_layers(teacher, of):
+    inputs = draw(4, 2, 8, 8).requires_grad_()
+    with FeatureProbe(teacher, ["3", "1"], of=of) as probe:
+        teacher(inputs)
+    ends = (3, 1) if of == "input" else (4, 2)
+    for seen, end in zip(probe.features(), ends, strict=True):
+        torch.testing.assert_close(seen, teacher[:end](inputs))
+    assert probe.instance_means().shape == (4, 6 if of == "input" else 8)
+    assert torch.autograd.grad(probe.features()[0].sum(), inputs)[0].abs().sum() > 0
+    assert hooks(teacher) == 0
+
+
+def test_a_layer_that_is_not_there_names_the_nearest(teacher):
+    net = build_model("resnet18", InputSpec.image(3, 8, 8), 10)
+    with pytest.raises(TeacherError, match=r"'stages\.1'"):
+        FeatureProbe(net, ["stage.1"])
+    with pytest.raises(RecipeError, match="'input' or 'output'"):
+        FeatureProbe(net, ["stages.1"], of="gradient")
+    with pytest.raises(TeacherError, match="expected names"):
+        FeatureProbe(net, [])
+
+
+def test_probes_see_a_network_at_other_weights(teacher):
+    inputs = draw(4, 2, 8, 8)
+    weights = {name: 2 * value for name, value in teacher.named_parameters()}
+    with FeatureProbe(teacher, ["0"]) as probe:
+        functional(teacher, weights)(inputs)
+    torch.testing.assert_close(probe.features()[0], 2 * teacher[0](inputs))
+
+
+def test_what_enters_the_penultimate_layer_makes_the_logits():
+    net = build_model("wrn-10-1", InputSpec.image(3, 8, 8), 10).eval()
+    inputs = draw(2, 3, 8, 8).float()
+    with FeatureProbe(net, [penultimate_layer(net)], of="input") as probe:
+        logits = net(inputs)
+    torch.testing.assert_close(net.classifier(probe.features()[0]), logits)
+    torch.testing.assert_close(net.features(inputs), probe.features()[0])
+
+
+def test_a_network_without_linear_layer_ends_in_a_pointwise_convolution():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 10, 1), nn.Flatten())
+    assert penultimate_layer(net) == "1"
+    with pytest.raises(TeacherError, match="name the layer yourself"):
+        penultimate_layer(nn.Sequential(nn.Conv2d(3, 4, 3)))
+
+
+def test_spatial_layers_are_the_last_of_each_resolution():
+    net = build_model("resnet18", InputSpec.image(3, 16, 16), 10)
+    kept = {name: value.clone() for name, value in net.state_dict().items()}
+    # 16, 8, 4 and 2 pixels; the last block of the last stage is the end of `stages` as well.
+    assert spatial_layers(net, (3, 16, 16)) == ("stages.1", "stages.3", "stages.5", "stages")
+    assert spatial_layers(net, (3, 16, 16), count=2) == ("stages.5", "stages")
+    with pytest.raises(TeacherError, match="4 resolutions"):
+        spatial_layers(net, (3, 16, 16), count=5)
+    assert net.training
+    assert hooks(net) == 0
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, kept[name]), name

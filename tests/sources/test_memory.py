@@ -3,7 +3,7 @@ import torch
 
 from vestige.core.protocols import Stateful
 from vestige.errors import ContractError
-from vestige.sources.memory import RingMemory
+from vestige.sources.memory import ReservoirMemory, RingMemory
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -100,3 +100,35 @@ def test_mistakes_are_refused():
         RingMemory(0)
     with pytest.raises(ContractError, match="empty memory"):
         RingMemory(1).draw(1, rng())
+
+
+def test_a_reservoir_keeps_early_and_late_rows_alike():
+    kept = torch.zeros(40)
+    for seed in range(400):
+        memory, draws = ReservoirMemory(10), rng(seed)
+        for start in range(0, 40, 8):
+            memory.push(rows(*range(start, start + 8)), draws)
+        assert len(memory) == 10
+        kept += torch.bincount(memory.state_dict()["rows"][:, 0].long(), minlength=40)
+    # Each of 40 rows stays with probability 1/4: 100 of 400, standard deviation 8.7.
+    assert kept.sum() == 4000
+    assert (kept - 100).abs().max() < 4 * 8.7
+
+
+def test_a_reservoir_that_is_not_full_keeps_all():
+    memory = ReservoirMemory(5)
+    memory.push(rows(0, 1), rng())
+    memory.push(rows(2), rng())
+    assert memory.state_dict()["rows"][:, 0].tolist() == [0.0, 1.0, 2.0]
+
+
+def test_a_reservoir_goes_on_as_before_from_its_state():
+    memory, draws = ReservoirMemory(4), rng(1)
+    memory.push(rows(*range(9)), draws)
+    other = ReservoirMemory(4)
+    other.load_state_dict(memory.state_dict())
+    at = draws.get_state()
+    memory.push(rows(*range(9, 20)), draws)
+    draws.set_state(at)
+    other.push(rows(*range(9, 20)), draws)
+    torch.testing.assert_close(memory.state_dict()["rows"], other.state_dict()["rows"])

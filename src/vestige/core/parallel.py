@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from vestige.core import exchange
 from vestige.core.exchange import Shard
+from vestige.core.moments import channel_moments
 from vestige.errors import ProcessError
 
 T = TypeVar("T")
@@ -137,21 +138,21 @@ def batch_mean(values: Tensor) -> Tensor:
     return (sums[:-1] / sums[-1]).reshape(values.shape[1:]).to(values.dtype)
 
 
-def batch_moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance per channel over the whole batch and all positions.
+def batch_moments(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance per channel over the whole batch, and means of single rows.
 
     Args:
         values: (b, C, ...), the rows of this process.
 
     Returns:
-        Mean (C,) and variance (C,), the same in every process, with gradient.
+        Mean (C,) and variance (C,) over rows and positions, the same in every process, and the
+        means (b, C) over positions of the rows of this process; all with gradient.
     """
     shard = _open.get()
     if shard is None:
-        var, mean = torch.var_mean(values, exchange.but_channels(values), correction=0)
-        return mean, var
+        return channel_moments(values)
     mean, var, _ = exchange.moments(values, shard)
-    return mean, var
+    return mean, var, values.flatten(2).mean(2) if values.dim() > 2 else values
 
 
 def batch_log_mean_exp(values: Tensor) -> Tensor:

@@ -12,7 +12,12 @@ from torch import nn
 from vestige.core.types import InputSpec
 from vestige.errors import RecipeError, ShapeError
 from vestige.models.classifiers import ConvNet, LeNet5, resnet18, resnet34, vgg11, wide_resnet
-from vestige.models.generators import DCGANGenerator, PyramidGenerator, UpsampleGenerator
+from vestige.models.generators import (
+    DCGANGenerator,
+    LargeGenerator,
+    PyramidGenerator,
+    UpsampleGenerator,
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ _MODELS = {
 }
 _GENERATORS = {
     "upsample": _Entry(UpsampleGenerator, "two upsamplings, sides divisible by 4"),
+    "large": _Entry(LargeGenerator, "two upsamplings between wider convolutions, sides by 4"),
     "pyramid": _Entry(PyramidGenerator, "as many upsamplings as the size needs, any size"),
     "dcgan": _Entry(DCGANGenerator, "transposed convolutions, shorter side 16, 32, 64, 128, ..."),
 }
@@ -72,7 +78,7 @@ def build_generator(
     """A freshly initialised generator; draws its weights from torch's global random state.
 
     Args:
-        name: "upsample", "pyramid" or "dcgan".
+        name: one of `list_generators`.
         spec: of one image that it makes; its shape is (C, H, W).
         latent_dim: Z, number of noise values per image.
         width: channels of the last hidden map; cost grows with its square.

@@ -49,14 +49,8 @@ class UpsampleGenerator(nn.Module):
             ShapeError: a side is not a positive multiple of 4.
         """
         super().__init__()
-        height, breadth = (size, size) if isinstance(size, int) else size
-        if height < 4 or breadth < 4 or height % 4 or breadth % 4:
-            raise ShapeError(
-                f"got image size {height}x{breadth}, expected multiples of 4; resize to "
-                f"{max(4, height // 4 * 4)}x{max(4, breadth // 4 * 4)}"
-            )
         self.latent_dim = latent_dim
-        start = (2 * width, height // 4, breadth // 4)
+        start = (2 * width, *_quarter(size))
         self.project = nn.Sequential(
             nn.Linear(latent_dim, start[0] * start[1] * start[2]),
             nn.Unflatten(1, start),
@@ -80,6 +74,65 @@ class UpsampleGenerator(nn.Module):
         In training mode BN ties the images of one batch together: two batches of B are not one
         batch of 2B.
         """
+        images: Tensor = self.head(self.blocks(self.project(latent)))
+        return at_least_float32(images)
+
+
+class LargeGenerator(nn.Module):
+    """Noise to images by two upsamplings between wider convolutions (the reference code of DFQ).
+
+    Linear to 4w x H/4 x W/4, BN; 3x3 convolution to 4w, upsample, to 2w, upsample, to w, each with
+    BN and LeakyReLU; 3x3 convolution to C; head. Default torch initialisation.
+
+    Attributes:
+        latent_dim: Z, number of noise values per image.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        channels: int,
+        size: int | tuple[int, int],
+        *,
+        width: int = 64,
+        head: str = "sigmoid",
+        slope: float = 0.2,
+    ) -> None:
+        """Builds the layers.
+
+        Args:
+            latent_dim: Z, 256 in DFQ.
+            channels: C of the image.
+            size: side or (H, W), both divisible by 4.
+            width: w, channels of the last hidden map; the first have 4w. Cost grows with w^2.
+            head: as for `UpsampleGenerator`.
+            slope: of the LeakyReLUs for negative values.
+
+        Raises:
+            RecipeError: unknown head.
+            ShapeError: a side is not a positive multiple of 4.
+        """
+        super().__init__()
+        start = (4 * width, *_quarter(size))
+        self.latent_dim = latent_dim
+        self.project = nn.Sequential(
+            nn.Linear(latent_dim, start[0] * start[1] * start[2]),
+            nn.Unflatten(1, start),
+            nn.BatchNorm2d(4 * width),
+        )
+        blocks: list[nn.Module] = []
+        for index, (before, after) in enumerate(((4, 4), (4, 2), (2, 1))):
+            blocks += [nn.Upsample(scale_factor=2)] if index else []
+            blocks += [
+                nn.Conv2d(before * width, after * width, 3, padding=1, bias=False),
+                nn.BatchNorm2d(after * width),
+                nn.LeakyReLU(slope),
+            ]
+        self.blocks = nn.Sequential(*blocks)
+        self.head = _head(head, width, channels)
+
+    def forward(self, latent: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch c h w"]:
+        """Noise (B, Z) to (B, C, H, W), range as the head says; gradient flows to the noise."""
         images: Tensor = self.head(self.blocks(self.project(latent)))
         return at_least_float32(images)
 
@@ -249,6 +302,18 @@ def reinitialize(module: nn.Module, rng: torch.Generator | None = None) -> None:
             layer.weight.copy_(drawn)
             if layer.bias is not None:
                 layer.bias.zero_()
+
+
+def _quarter(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the map that two doublings make an image of `size` from."""
+    height, breadth = (size, size) if isinstance(size, int) else size
+    if height < 4 or breadth < 4 or height % 4 or breadth % 4:
+        raise ShapeError(
+            f"got image size {height}x{breadth}, expected multiples of 4; resize to "
+            f"{max(4, height // 4 * 4)}x{max(4, breadth // 4 * 4)}, or take the generator "
+            "'pyramid', which makes any size"
+        )
+    return height // 4, breadth // 4
 
 
 def _head(name: str, width: int, channels: int) -> nn.Sequential:
