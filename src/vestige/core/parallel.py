@@ -172,17 +172,21 @@ def batch_log_mean_exp(values: Tensor) -> Tensor:
     return (torch.logsumexp(sums, 0) - counts.sum().log()).to(values.dtype)
 
 
-def batch_rows(values: Tensor) -> Tensor:
-    """All rows of the whole batch in order, for terms that compare each row with each other.
+def batch_rows(values: Tensor, *, own_first: bool = False) -> Tensor:
+    """All rows of the whole batch, for terms that compare each row with each other.
 
     Args:
         values: (b, ...), the rows of this process; any number of them.
+        own_first: begin with the rows of this process, and go round; else all are in order.
 
     Returns:
-        (B, ...), the same in every process, with gradient.
+        (B, ...), in order the same in every process, with gradient.
     """
     shard = _open.get()
-    return values if shard is None else exchange.gathered(values, shard)
+    if shard is None:
+        return values
+    rows = exchange.gathered(values, shard)
+    return rows.roll(-shard.own.start, 0) if own_first else rows
 
 
 def rows_of_all(count: int) -> int:

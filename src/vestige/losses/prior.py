@@ -3,7 +3,7 @@
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -11,17 +11,23 @@ from vestige.core import parallel
 from vestige.errors import RecipeError, ShapeError
 
 
-def one_hot_loss(logits: Float[Tensor, "batch classes *positions"]) -> Float[Tensor, " batch"]:
-    """Cross-entropy of the teacher's logits with their own argmax (DAFL, arXiv 1904.01186).
+def one_hot_loss(
+    logits: Float[Tensor, "batch classes *positions"],
+    labels: Int[Tensor, "batch *positions"] | None = None,
+) -> Float[Tensor, " batch"]:
+    """Cross-entropy of the teacher's logits with one class (DAFL, arXiv 1904.01186).
 
     Args:
         logits: of the teacher, (B, K) or (B, K, H, W), class axis 1, with gradient to the inputs.
+        labels: the class that each input is made for (DeepInversion, CMI); None takes the argmax
+            of the logits (DAFL).
 
     Returns:
-        (B,), from 0 (one class has all the mass) to log K (uniform); mean over positions if there
-        are any. The argmax is a constant: no gradient flows through the choice of the class.
+        (B,), at least 0; with the argmax at most log K (uniform). Mean over positions if there are
+        any. The argmax is a constant: no gradient flows through the choice of the class.
     """
-    losses = F.cross_entropy(logits, logits.argmax(1), reduction="none")
+    labels = logits.argmax(1) if labels is None else labels
+    losses = F.cross_entropy(logits, labels, reduction="none")
     return losses.unsqueeze(-1).flatten(1).mean(1)
 
 
@@ -96,6 +102,7 @@ def total_variation(
         images[..., 1:, :-1] - images[..., :-1, 1:],
     )
     if form == "l1":
-        return torch.stack([one.abs().mean() for one in differences]).sum()
+        return parallel.batch_mean(sum(one.abs().mean((1, 2, 3)) for one in differences))
     # vector_norm has the gradient 0 at 0, where the square root of a sum of squares has NaN.
-    return torch.stack([torch.linalg.vector_norm(one) for one in differences]).sum()
+    norms = torch.stack([torch.linalg.vector_norm(one, dim=(1, 2, 3)) for one in differences], 1)
+    return torch.linalg.vector_norm(parallel.batch_rows(norms), dim=0).sum()

@@ -34,6 +34,40 @@ _WITHOUT_STATISTICS: Mapping[str, Any] = {
     "replay": 0.5,
     "student_lr": 4e-3,
 }
+_INVERSION: Mapping[str, Any] = {
+    "warmup": 4,
+    "rounds": 20,
+    "batches_per_round": 1,
+    "inversion_steps": 60,
+    "synthesis_batch_size": 128,
+    "student_steps": 100,
+    "batch_size": 128,
+    "bn_weight": 1.0,
+    "one_hot_weight": 1.0,
+    "negatives": 512,
+    "bank_size": 4096,
+    "head_dim": 64,
+    "generator": "pyramid",
+    "latent_dim": 100,
+    "generator_lr": 1e-2,
+    "temperature": 4.0,
+    "crop_padding": 1,
+    "flip": False,
+    "student_optimizer": "adam",
+    "student_lr": 4e-3,
+    "student_weight_decay": 0.0,
+    "schedule": "cosine",
+}
+_CONTRAST = ("negatives", "bank_size", "head_dim")
+_FAST: Mapping[str, Any] = {
+    "warmup": 20,
+    "rounds": 40,
+    "student_steps": 50,
+    "inversion_steps": 10,
+    "bn_weight": 1.0,
+    "generator_lr": 5e-3,
+    "latent_lr": 1e-2,
+}
 _ROUNDS, _BATCH_SIZE, _SMALL_AREA = 40, 64, 48 * 48
 
 
@@ -78,6 +112,40 @@ def adversarial(
     row += forward_flops(teacher, spec.shape) * (steps + 2)
     row += forward_flops(student, spec.shape) * (3 * steps + 2)
     return {**chosen, **length(row, student, fewest=80, wanted=400, most=2400)}
+
+
+def inversion(task: Task, teacher: Teacher, student: nn.Module) -> Mapping[str, Any]:
+    """For a pool of images that is inverted batch by batch, and a student taught from it.
+
+    The generator fits any size of image. A third of the images come before the student's first
+    step, the others in between. How long an inversion is follows from the arithmetic of the
+    networks. Without BatchNorm statistics only the classes are asked for.
+
+    Args:
+        task: classification of images, or nothing is suggested.
+        teacher: a network, or nothing is suggested.
+        student: on the device of the run.
+    """
+    spec = task.spec
+    if not isinstance(teacher, nn.Module) or spec.kind != "image":
+        return {}
+    if task.kind != "classification" or len(spec.shape) != 3:
+        return {}
+    return {
+        **_INVERSION,
+        "bn_weight": _INVERSION["bn_weight"] if batchnorm_layers(teacher) else 0.0,
+        "generator_width": 16 if spec.shape[1] * spec.shape[2] <= _SMALL_AREA else 8,
+    }
+
+
+def fast_inversion(task: Task, teacher: Teacher, student: nn.Module) -> Mapping[str, Any]:
+    """Like `inversion`, with many batches of few steps each."""
+    found = inversion(task, teacher, student)
+    return found and {
+        **{key: found[key] for key in found if key not in _CONTRAST},
+        **_FAST,
+        "bn_weight": _FAST["bn_weight"] if found["bn_weight"] else 0.0,
+    }
 
 
 def length(

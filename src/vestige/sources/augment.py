@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from vestige.core.types import InputSpec
 from vestige.errors import RecipeError, ShapeError
 
 
@@ -202,6 +203,33 @@ def jitter(
     images = images * bright
     mean = images.mean((1, 2, 3), keepdim=True)
     return (mean + (images - mean) * contrast).clamp(0, 1)
+
+
+def crop_and_flip(
+    inputs: Float[Tensor, "batch channels height width"],
+    spec: InputSpec,
+    rng: torch.Generator,
+    *,
+    padding: int,
+    flip: bool,
+) -> Float[Tensor, "batch channels height width"]:
+    """What training recipes do to inputs of the teacher: crop with black padding, then mirror.
+
+    Args:
+        inputs: (B, C, H, W) in the normalised space of `spec`; no gradient is kept.
+        spec: tells what black is.
+        rng: decides; draws nothing where nothing is asked for.
+        padding: in pixels.
+        flip: mirror each with probability 1/2.
+
+    Returns:
+        (B, C, H, W); the inputs themselves where nothing is asked for.
+    """
+    if not padding and not flip:
+        return inputs
+    shifts = draw_shifts(len(inputs), padding, rng, flip=flip)
+    black = spec.normalize(torch.zeros_like(inputs[:1, :, :1, :1]))
+    return shift(inputs.detach() - black, shifts) + black
 
 
 def _check(images: Tensor, drawn: Tensor, width: int) -> None:

@@ -45,9 +45,9 @@ class MemoryBank:
         if rows.dim() != 2 or rows.shape[1] != self.width:
             raise ShapeError(f"got rows {tuple(rows.shape)}, expected (N, {self.width})")
         start, total = self._pushed, len(rows)
-        rows = rows.detach()[-self.capacity :]
+        rows = rows.detach()[-self.capacity :].float()
         # Far out features would become infinite; the largest finite number is as far out.
-        limit = torch.finfo(self.dtype).max
+        limit = min(torch.finfo(self.dtype).max, torch.finfo(torch.float32).max)
         rows = rows.clamp(-limit, limit).to(self.dtype)
         self._pushed += total
         kept = self._grown(rows)
@@ -86,10 +86,15 @@ class MemoryBank:
         """Take over what `state_dict` returned.
 
         Raises:
-            ShapeError: rows of another width.
+            ShapeError: rows of another width, or the state of a bank of another capacity.
         """
-        rows = state["rows"]
-        if rows is not None and tuple(rows.shape[1:]) != (self.width,):
-            raise ShapeError(f"got rows {tuple(rows.shape)}, expected (N, {self.width})")
-        self._pushed = int(state["pushed"])
+        rows, pushed = state["rows"], int(state["pushed"])
+        expected = (min(pushed, self.capacity), self.width)
+        if rows is not None and tuple(rows.shape) != expected:
+            raise ShapeError(
+                f"got {pushed} pushed rows of which {tuple(rows.shape)} are kept, expected "
+                f"{expected}; make the bank with the capacity and width that its state was saved "
+                "with"
+            )
+        self._pushed = pushed
         self._rows = None if rows is None else rows.to(self.dtype).clone()
