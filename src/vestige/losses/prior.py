@@ -102,7 +102,9 @@ def total_variation(
         images[..., 1:, :-1] - images[..., :-1, 1:],
     )
     if form == "l1":
-        return parallel.batch_mean(sum(one.abs().mean((1, 2, 3)) for one in differences))
+        means = torch.stack([one.abs().mean((1, 2, 3)) for one in differences], 1)
+        return parallel.batch_mean(means).sum()
     # vector_norm has the gradient 0 at 0, where the square root of a sum of squares has NaN.
     norms = torch.stack([torch.linalg.vector_norm(one, dim=(1, 2, 3)) for one in differences], 1)
-    return torch.linalg.vector_norm(parallel.batch_rows(norms), dim=0).sum()
+    total: Tensor = torch.linalg.vector_norm(parallel.batch_rows(norms), dim=0).sum()
+    return total

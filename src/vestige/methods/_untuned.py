@@ -27,6 +27,10 @@ _ADVERSARIAL: Mapping[str, Any] = {
     "latent_dim": 100,
     "units": "relative",
 }
+_COMMON = (
+    *("batch_size", "student_optimizer", "student_lr", "student_weight_decay", "generator_lr"),
+    *("schedule", "generator", "latent_dim"),
+)
 _WITH_STATISTICS: Mapping[str, Any] = {"bn_weight": 10.0}
 _WITHOUT_STATISTICS: Mapping[str, Any] = {
     "balance_weight": 5.0,
@@ -112,6 +116,40 @@ def adversarial(
     row += forward_flops(teacher, spec.shape) * (steps + 2)
     row += forward_flops(student, spec.shape) * (3 * steps + 2)
     return {**chosen, **length(row, student, fewest=80, wanted=400, most=2400)}
+
+
+def generative(
+    task: Task,
+    teacher: Teacher,
+    student: nn.Module,
+    make_generator: Callable[[Mapping[str, Any]], nn.Module],
+    own: Mapping[str, Any],
+) -> Mapping[str, Any]:
+    """Like `adversarial`, for a generator with terms and a number of student steps of its own.
+
+    Args:
+        task: classification of images, or nothing is suggested.
+        teacher: a network, or nothing is suggested.
+        student: on the device of the run.
+        make_generator: from settings.
+        own: what is the method's own; goes before what is common.
+    """
+    spec = task.spec
+    if not isinstance(teacher, nn.Module) or task.kind != "classification" or len(spec.shape) != 3:
+        return {}
+    chosen = {
+        **{key: _ADVERSARIAL[key] for key in _COMMON},
+        "generator_width": 16 if spec.shape[1] * spec.shape[2] <= _SMALL_AREA else 8,
+        "generator_head": "sigmoid" if spec.kind == "image" else "tanh_bn",
+        **own,
+    }
+    with seeding.preserved():
+        generator = forward_flops(make_generator(chosen), (chosen["latent_dim"],))
+    steps = chosen.get("student_steps", 1)
+    row = 2 * generator * (steps + 3)
+    row += forward_flops(teacher, spec.shape) * (steps + 2)
+    row += forward_flops(student, spec.shape) * (3 * steps + 2)
+    return {**length(row, student, fewest=80, wanted=400, most=12_000 // steps), **chosen}
 
 
 def inversion(task: Task, teacher: Teacher, student: nn.Module) -> Mapping[str, Any]:

@@ -28,6 +28,7 @@ class UpsampleGenerator(nn.Module):
         head: str = "tanh_bn",
         slope: float = 0.2,
         inner_eps: float = 1e-5,
+        spectral: bool = False,
     ) -> None:
         """Builds the layers.
 
@@ -43,6 +44,8 @@ class UpsampleGenerator(nn.Module):
             slope: of the LeakyReLUs for negative values.
             inner_eps: eps of the two BNs after convolutions. DAFL's code has 0.8 there, meant as a
                 momentum; it damps the normalisation of channels with little variance.
+            spectral: divide the weights of all convolutions by their largest singular value
+                (PRE-DFKD), which keeps the generator from moving in leaps.
 
         Raises:
             RecipeError: unknown head.
@@ -67,6 +70,8 @@ class UpsampleGenerator(nn.Module):
             nn.LeakyReLU(slope),
         )
         self.head = _head(head, width, channels)
+        if spectral:
+            _spectral(self)
 
     def forward(self, latent: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch c h w"]:
         """Noise (B, Z) to (B, C, H, W), range as the head says; gradient flows to the noise.
@@ -159,6 +164,8 @@ class PyramidGenerator(nn.Module):
         width: int = 64,
         head: str = "tanh_bn",
         slope: float = 0.2,
+        inner_eps: float = 1e-5,
+        spectral: bool = False,
     ) -> None:
         """Builds the layers.
 
@@ -169,6 +176,8 @@ class PyramidGenerator(nn.Module):
             width: w, channels of the last hidden map. Cost grows with w^2.
             head: as for `UpsampleGenerator`.
             slope: of the LeakyReLUs for negative values.
+            inner_eps: eps of the BNs after convolutions, as for `UpsampleGenerator`.
+            spectral: as for `UpsampleGenerator`.
 
         Raises:
             RecipeError: unknown head.
@@ -194,11 +203,13 @@ class PyramidGenerator(nn.Module):
             blocks += [
                 nn.Upsample(size=shape),
                 nn.Conv2d(before, after, 3, padding=1),
-                nn.BatchNorm2d(after),
+                nn.BatchNorm2d(after, eps=inner_eps),
                 nn.LeakyReLU(slope),
             ]
         self.blocks = nn.Sequential(*blocks)
         self.head = _head(head, width, channels)
+        if spectral:
+            _spectral(self)
 
     def forward(self, latent: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch c h w"]:
         """Noise (B, Z) to (B, C, H, W), range as the head says; gradient flows to the noise."""
@@ -302,6 +313,12 @@ def reinitialize(module: nn.Module, rng: torch.Generator | None = None) -> None:
             layer.weight.copy_(drawn)
             if layer.bias is not None:
                 layer.bias.zero_()
+
+
+def _spectral(module: nn.Module) -> None:
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.utils.parametrizations.spectral_norm(layer)
 
 
 def _quarter(size: int | tuple[int, int]) -> tuple[int, int]:

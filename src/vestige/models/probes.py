@@ -300,6 +300,43 @@ def spatial_layers(
     Raises:
         TeacherError: there are fewer than `count` resolutions, or none.
     """
+    names = tuple(_last_of_resolutions(module, shape).values())
+    if not names or len(names) < (count or 1):
+        raise TeacherError(
+            f"got a {type(module).__name__} with maps of {len(names)} resolutions of more than one "
+            f"position, expected at least {count or 1}; name the layers"
+        )
+    return names if count is None else names[-count:]
+
+
+def paired_layers(
+    first: nn.Module, second: nn.Module, shape: Sequence[int]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Layers of two networks whose maps have the same resolution, for attention transfer.
+
+    Args:
+        first: a network.
+        second: another one for the same inputs.
+        shape: of one input, (C, H, W).
+
+    Returns:
+        Names in `first` and in `second`, the last layer of each resolution that both have.
+
+    Raises:
+        TeacherError: they share none.
+    """
+    found = _last_of_resolutions(first, shape), _last_of_resolutions(second, shape)
+    shared = [size for size in found[0] if size in found[1]]
+    if not shared:
+        raise TeacherError(
+            f"got networks with maps of {[*found[0]]} and {[*found[1]]}, expected one size that "
+            "both have; name pairs of layers, or do without attention transfer (attention: 0)"
+        )
+    return tuple(found[0][size] for size in shared), tuple(found[1][size] for size in shared)
+
+
+def _last_of_resolutions(module: nn.Module, shape: Sequence[int]) -> dict[tuple[int, ...], str]:
+    """Height and width to the last layer that makes such maps, in the order of the forward."""
     last: dict[tuple[int, ...], str] = {}
     handles = []
 
@@ -321,10 +358,4 @@ def spatial_layers(
     finally:
         for handle in handles:
             handle.remove()
-    names = tuple(last.values())
-    if not names or len(names) < (count or 1):
-        raise TeacherError(
-            f"got a {type(module).__name__} with maps of {len(names)} resolutions of more than one "
-            f"position, expected at least {count or 1}; set attention_weight: 0 or name the layers"
-        )
-    return names if count is None else names[-count:]
+    return last

@@ -1,0 +1,40 @@
+"""What the methods have in common whose student learns from a generator's latest images."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vestige.core.protocols import Context, Teacher
+from vestige.core.types import Batch, InputSpec, Prediction, predict
+from vestige.models.factory import build_generator
+
+
+def make_generator(cfg: Any, spec: InputSpec, **further: Any) -> nn.Module:
+    """The generator that `cfg` names by `generator`, `generator_head` and so on, fresh."""
+    return build_generator(
+        cfg.generator,
+        spec,
+        latent_dim=cfg.latent_dim,
+        width=cfg.generator_width,
+        head=cfg.generator_head,
+        **further,
+    )
+
+
+def latent(count: int, width: int, ctx: Context) -> Tensor:
+    """Noise (count, width), standard normal."""
+    return torch.randn(count, width, generator=ctx.rng, device=ctx.device)
+
+
+def as_inputs(made: Tensor, cfg: Any, spec: InputSpec) -> Tensor:
+    """A generator's output as inputs of the teacher; the other heads than sigmoid give these."""
+    return spec.normalize(made) if cfg.generator_head == "sigmoid" else made
+
+
+def known_or_asked(teacher: Teacher, batch: Batch) -> Prediction:
+    """The teacher's answers, without graph: those of `extra` where they are there."""
+    if "teacher" in batch.extra:
+        return Prediction(batch.extra["teacher"])
+    with torch.no_grad():
+        return predict(teacher, batch.inputs)
