@@ -125,3 +125,48 @@ def test_mistakes_are_refused_and_change_nothing() -> None:
     with pytest.raises(ShapeError, match=r"\(2, 5\)"):
         plain.add(torch.zeros(2, 5))
     assert len(pool) == len(plain) == 2 and pool.shard_count() == plain.shard_count() == 1
+
+
+def test_beyond_its_limit_a_pool_lies_in_a_file_and_is_the_same() -> None:
+    held, moved = Pool(SPEC), Pool(SPEC, memory_limit=30)  # five images of six bytes
+    for start in range(0, 12, 3):
+        levels = torch.arange(start, start + 3.0).view(3, 1, 1, 1).expand(3, 1, 2, 3)
+        for pool in (held, moved):
+            pool.add(SPEC.normalize(levels / 255), torch.arange(3))
+    assert torch.equal(held.draw(60, rng()), moved.draw(60, rng()))
+    wanted = torch.tensor([1, 2, 0, 0])
+    assert torch.equal(held.draw_of(wanted, rng()), moved.draw_of(wanted, rng()))
+    for index in range(4):
+        assert torch.equal(held.shard(index)["inputs"], moved.shard(index)["inputs"])
+    copy = Pool(SPEC, memory_limit=30)
+    copy.load_shards([moved.shard(index) for index in range(4)])
+    assert torch.equal(copy.draw(60, rng()), held.draw(60, rng()))
+
+
+def test_of_each_class_that_is_asked_for_one_of_its_images_comes() -> None:
+    pool = Pool()
+    pool.add(rows(10, 11, 20), torch.tensor([1, 1, 2]))
+    pool.add(rows(12, 30), torch.tensor([1, 3]))
+    labels = torch.tensor([1, 3, 2] * 1000)
+    drawn = pool.draw_of(labels, rng())[:, 0]
+    assert torch.equal((drawn / 10).long(), labels)
+    counts = torch.bincount(drawn.long())[10:13]
+    # Expected a third of 1,000 each, deviation 15: six deviations.
+    assert ((counts - 333.3).abs() < 90).all()
+    pool.add(rows(40), torch.tensor([4]))  # what was sorted before is sorted anew
+    assert pool.draw_of(torch.tensor([4]), rng()).item() == 40
+
+
+def test_a_class_without_images_is_named() -> None:
+    pool = Pool()
+    pool.add(rows(1, 2), torch.tensor([0, 3]))
+    with pytest.raises(DataError, match="class 1, 7, expected"):
+        pool.draw_of(torch.tensor([0, 1, 7]), rng())
+
+
+def test_the_loss_of_each_batch_is_kept() -> None:
+    pool, copy = Pool(), Pool()
+    pool.add(rows(1), loss=torch.tensor(0.5))
+    pool.add(rows(2))
+    copy.load_shards([pool.shard(0), pool.shard(1)])
+    assert pool.losses == copy.losses == [0.5, None]

@@ -63,6 +63,11 @@ _INVERSION: Mapping[str, Any] = {
     "schedule": "cosine",
 }
 _CONTRAST = ("negatives", "bank_size", "head_dim")
+_NETWORKS = (*_CONTRAST, "generator", "generator_width", "generator_lr", "latent_dim")
+_PIXELS: Mapping[str, Any] = {
+    "inversion_lr": 0.1,
+    "roll": 1,
+}
 _FAST: Mapping[str, Any] = {
     "warmup": 20,
     "rounds": 40,
@@ -184,6 +189,12 @@ def fast_inversion(task: Task, teacher: Teacher, student: nn.Module) -> Mapping[
         **_FAST,
         "bn_weight": _FAST["bn_weight"] if found["bn_weight"] else 0.0,
     }
+
+
+def pixel_inversion(task: Task, teacher: Teacher, student: nn.Module) -> Mapping[str, Any]:
+    """Like `inversion`, without a generator: the pixels are optimised themselves."""
+    found = inversion(task, teacher, student)
+    return found and {**{key: found[key] for key in found if key not in _NETWORKS}, **_PIXELS}
 
 
 def length(

@@ -55,7 +55,7 @@ from vestige.sources.augment import crop_resize, draw_boxes, draw_shifts, shift
 from vestige.sources.memory_bank import MemoryBank
 from vestige.sources.pool import Pool
 from vestige.sources.pool_mix import PoolMix
-from vestige.teachers.white_box import module_of
+from vestige.teachers.white_box import layers_of, module_of
 
 
 class CMIConfig(BaseModel):
@@ -367,7 +367,7 @@ def feature_probe(
         probe = BatchNormProbe(network, statistics=False, instance_means=True)
         return probe, sum(layer.num_features for layer in known.values())
     named = (
-        FeatureProbe(network, layers, of="input")
+        FeatureProbe(network, layers_of(network, layers), of="input")
         if layers
         else FeatureProbe(network, spatial_layers(network, spec.shape))
     )

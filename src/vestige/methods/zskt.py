@@ -6,8 +6,8 @@ Paper: Zero-shot Knowledge Transfer via Adversarial Belief Matching, Micaelli, S
 Pure min-max on the KL divergence of teacher and student, KL(softmax t || softmax s) / K. One
 pseudo-batch:
 1. generator, once: x = G(z), maximise the divergence;
-2. student, `student_steps` times on the same images: minimise the divergence, plus `attention`
-   times the distance of the attention maps of paired layers.
+2. student, `student_steps` times on the same images: minimise the divergence, plus
+   `attention_weight` times the distance of the attention maps of paired layers.
 Both with Adam, gradients clipped to a norm of 5.
 
 Differs from the paper:
@@ -24,6 +24,7 @@ Cost per round: `iterations` times: G forward, backward; T forward, backward to 
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -40,7 +41,7 @@ from vestige.losses.feature import attention_transfer_loss
 from vestige.methods import _untuned
 from vestige.methods._fakes import as_inputs, known_or_asked, latent, make_generator
 from vestige.models.probes import FeatureProbe, paired_layers
-from vestige.teachers.white_box import module_of
+from vestige.teachers.white_box import layers_of, module_of
 
 
 class ZSKTConfig(BaseModel):
@@ -53,7 +54,7 @@ class ZSKTConfig(BaseModel):
         batch_size: 128 (paper).
         z_policy: "same" (paper) takes all student steps on the generator's latest images, "fresh"
             draws new ones for each.
-        attention: weight of the attention transfer. 250 (paper), which goes with a divergence that
+        attention_weight: of the attention transfer. 250 (paper), which goes with a divergence that
             is divided by the number of classes. 0 needs no maps.
         teacher_layers: whose outputs attend, by name. Empty finds the last of each resolution.
         student_layers: likewise, in the same order.
@@ -78,7 +79,7 @@ class ZSKTConfig(BaseModel):
     student_steps: int = Field(10, ge=1)
     batch_size: int = Field(128, ge=2)
     z_policy: Literal["same", "fresh"] = "same"
-    attention: float = Field(250.0, ge=0)
+    attention_weight: float = Field(250.0, ge=0)
     teacher_layers: tuple[str, ...] = ()
     student_layers: tuple[str, ...] = ()
     clip: float = Field(5.0, gt=0)
@@ -115,14 +116,16 @@ class ZSKT:
         self.generator = make_generator(cfg, task.spec)
         self.maps: tuple[Tensor, ...] = ()
         self.probes: tuple[FeatureProbe, FeatureProbe] | None = None
-        if cfg.attention:
-            network, given = module_of(self.teacher), (cfg.teacher_layers, cfg.student_layers)
-            if len(given[0]) != len(given[1]):
+        if cfg.attention_weight:
+            network = module_of(self.teacher)
+            layers = layers_of(network, cfg.teacher_layers), cfg.student_layers
+            if len(layers[0]) != len(layers[1]):
                 raise RecipeError(
-                    f"got {len(given[0])} teacher_layers and {len(given[1])} student_layers, "
+                    f"got {len(layers[0])} teacher_layers and {len(layers[1])} student_layers, "
                     "expected pairs; name as many of both"
                 )
-            layers = given if given[0] else paired_layers(network, student, task.spec.shape)
+            if not layers[0]:
+                layers = paired_layers(network, student, task.spec.shape)
             self.probes = FeatureProbe(network, layers[0]), FeatureProbe(student, layers[1])
 
     @classmethod
@@ -135,7 +138,7 @@ class ZSKT:
             teachers[0],
             student,
             lambda given: make_generator(ZSKTConfig(**given), task.spec),
-            {"student_steps": 10, "attention": 0.0},
+            {"student_steps": 10, "attention_weight": 0.0},
         )
 
     def parts(self) -> Mapping[str, Stateful | Sharded]:
@@ -173,8 +176,11 @@ class ZSKT:
                 )
                 yield step
                 same = self.pseudo_batch(step)
-                for _ in range(cfg.student_steps):
-                    batch = self.fresh_batch(ctx) if cfg.z_policy == "fresh" else same
+                for index in range(cfg.student_steps):
+                    new = torch.full((cfg.batch_size,), not index, device=ctx.device)
+                    batch = replace(same, extra={**same.extra, "fresh": new})
+                    if cfg.z_policy == "fresh":
+                        batch = self.fresh_batch(ctx)
                     yield ctx.update(
                         "student",
                         self.student,
@@ -229,14 +235,14 @@ class ZSKT:
             )
             distance = attention_transfer_loss(self.probes[1].features(), of_teacher)
             terms["attention"] = batch.mean(distance)
-            total = total + self.cfg.attention * terms["attention"]
-        return Loss(terms, total, inputs, teacher, answer)
+            total = total + self.cfg.attention_weight * terms["attention"]
+        return Loss(terms, total, inputs, teacher, answer, batch.extra.get("fresh"))
 
     def variant(self) -> str:
         """The options that are on, in words; "" is ZSKT as published."""
         options = {
             "fresh z": self.cfg.z_policy == "fresh",
-            "no attention transfer": not self.cfg.attention,
+            "no attention transfer": not self.cfg.attention_weight,
         }
         return ", ".join(name for name, on in options.items() if on)
 

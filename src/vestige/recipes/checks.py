@@ -209,6 +209,8 @@ def requirement_problems(recipe: Recipe) -> Iterator[str]:
         for name, source in run.sources.items():
             if source.kind == "images" and source.data is None:
                 yield f"{where}sources.{name}.data: images need the name or folder of a set"
+            if source.kind == "pool" and source.data is None:
+                yield f"{where}sources.{name}.data: a pool needs its folder, or that of its run"
             if source.kind == "factory" and source.factory is None:
                 yield f"{where}sources.{name}.factory: is missing; 'package.module:callable'"
         low, high = requires.teachers

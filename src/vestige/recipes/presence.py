@@ -6,6 +6,7 @@ Nothing is loaded, built or trained; a user's own module is imported.
 import os
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from vestige.errors import DataError, RecipeError
@@ -15,6 +16,7 @@ from vestige.recipes.files import short
 from vestige.recipes.schema import Recipe
 from vestige.recipes.teacher import trained_already
 from vestige.recipes.teacher_schema import load_teacher_recipe
+from vestige.sources.pool_files import read_card
 
 # Importing a module runs it, and these are the ways in which that usually ends.
 _IMPORT_FAILS = (
@@ -92,8 +94,17 @@ def _sources(where: str, run: Recipe) -> Iterator[str]:
         key = f"{where}sources.{name}"
         if source.kind == "images" and source.data is not None:
             yield from _data(f"{key}.data", source.data, source.split, _kind(run))
+        if source.kind == "pool" and source.data is not None:
+            yield from _pool(f"{key}.data", Path(source.data))
         if source.kind == "factory" and source.factory is not None:
             yield from _callable(f"{key}.factory", source.factory)
+
+
+def _pool(key: str, folder: Path) -> Iterator[str]:
+    try:
+        read_card(folder)
+    except DataError as error:
+        yield f"{key}: {error}"
 
 
 def _extras(run: Recipe) -> Iterator[str]:

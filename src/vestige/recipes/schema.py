@@ -68,10 +68,11 @@ class SourceConfig(_Strict):
 
     Attributes:
         kind: "noise", "untrained-generator", "images" (a set of whatever kind the inputs are), or
-            "factory", a callable of the user's own.
+            "pool" (synthetic images that a run left), or "factory", a callable of the user's own.
         distribution: of noise, "normal" per value of the normalised input, or "uniform" images.
         generator: of "untrained-generator", with `generator_width` and `latent_dim`.
-        data: of "images", name or folder of a set, with `split`.
+        data: of "images", name or folder of a set, with `split`; of "pool", its folder or that of
+            its run.
         origin: of "images": "real" is the teacher's own data (reference arm), "foreign" is
             anything else.
         factory: of "factory", "package.module:callable"; called with `spec` and `args` it returns
@@ -79,7 +80,7 @@ class SourceConfig(_Strict):
         args: of `factory`.
     """
 
-    kind: Literal["noise", "untrained-generator", "images", "factory"]
+    kind: Literal["noise", "untrained-generator", "images", "pool", "factory"]
     distribution: Literal["normal", "uniform"] = "normal"
     generator: str = "upsample"
     generator_width: int = 64

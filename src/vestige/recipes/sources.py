@@ -1,6 +1,7 @@
 """The sources that a recipe names, and the record of what they read."""
 
 from collections.abc import Sized
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,7 @@ from vestige.recipes.schema import SourceConfig
 from vestige.sources.generator import GeneratorSource
 from vestige.sources.images import TensorSource
 from vestige.sources.noise import NoiseSource
+from vestige.sources.pool_files import open_pool
 from vestige.training.summary import RealData
 
 # Origins of inputs that nobody photographed, wrote or measured.
@@ -37,6 +39,8 @@ def build_source(
                 config.generator, spec, latent_dim=config.latent_dim, width=config.generator_width
             )
         return GeneratorSource(generator.to(device))
+    if config.kind == "pool":
+        return open_pool(Path(str(config.data)), spec)
     if config.kind == "factory":
         made: Source = call("sources", str(config.factory), {"spec": spec, **config.args})
         if made.origin not in MADE_UP:
