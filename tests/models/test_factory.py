@@ -60,7 +60,7 @@ def test_arguments_are_those_that_change_the_network():
     assert model_arguments("vgg11") == ("bn",)
     assert model_arguments("lenet5-half") == ()
     assert model_arguments("wrn-22-4") == ()
-    assert generator_arguments("upsample") == ("width", "head", "slope", "inner_eps")
+    assert generator_arguments("upsample") == ("width", "head", "slope", "inner_eps", "spectral")
     wide = build_model("resnet18", SPEC, 3, width=8)
     assert count_parameters(wide) > count_parameters(build_model("resnet18", SPEC, 3, width=4))
     images = build_generator("upsample", SPEC, latent_dim=3, width=2, head="sigmoid")

@@ -5,7 +5,13 @@ from torch.nn import functional as F
 
 from vestige.core.types import count_parameters
 from vestige.errors import RecipeError, ShapeError
-from vestige.models.generators import DCGANGenerator, PyramidGenerator, UpsampleGenerator
+from vestige.models.generators import (
+    DCGANGenerator,
+    LargeGenerator,
+    PyramidGenerator,
+    UpsampleGenerator,
+    reinitialize,
+)
 
 
 def noise(batch: int, latent_dim: int) -> torch.Tensor:
@@ -85,6 +91,8 @@ def test_full_size_networks_have_the_papers_weights():
     # Sums over the layers listed in dfad.md, done by hand.
     assert count_parameters(UpsampleGenerator(100, 1, 32)) == 1_049_985
     assert count_parameters(DCGANGenerator(256, 3, 128)) == 11_243_203
+    # DataFree: linear 4,210,688; convolutions 294,912, 73,728 and 1,731; BN 896.
+    assert count_parameters(LargeGenerator(256, 3, 32)) == 4_581_955
 
 
 @pytest.mark.parametrize("head", ["tanh_bn", "sigmoid", "bn"])
@@ -198,3 +206,85 @@ def test_generator_b_refuses_sizes_that_do_not_double_from_8(size):
 def test_an_unknown_head_is_refused():
     with pytest.raises(RecipeError, match=r"'tanh', expected one of tanh_bn, sigmoid, bn"):
         UpsampleGenerator(4, 1, 8, head="tanh")
+
+
+def test_the_large_generator_is_that_of_datafree():
+    net = build(LargeGenerator, 20, 3, 16, width=4)
+    weights, latent = iter(net.parameters()), noise(8, 20)
+    values = F.linear(latent, next(weights), next(weights)).reshape(-1, 16, 4, 4)
+    values = norm(values, next(weights), next(weights))
+    for _ in range(2):
+        values = values.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        values = F.conv2d(values, next(weights), padding=1)
+        values = norm(values, next(weights), next(weights))
+        values = torch.where(values > 0, values, 0.2 * values)
+    values = torch.sigmoid(F.conv2d(values, next(weights), next(weights), padding=1))
+    assert next(weights, None) is None
+    torch.testing.assert_close(net(latent), values, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [UpsampleGenerator, LargeGenerator, PyramidGenerator])
+def test_reinitialized_weights_are_drawn_as_dcgan_draws_them(kind):
+    net = build(kind, 64, 3, 16, width=16)
+    for part in net.modules():
+        if getattr(part, "bias", None) is not None:
+            part.bias.data.fill_(3.0)
+    reinitialize(net, torch.Generator().manual_seed(0))
+    for part in net.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            # 432 weights or more: the standard deviation is known to 3.4 %, 17 % is 5 sigma.
+            assert part.weight.std().item() == pytest.approx(0.02, rel=0.17)
+            assert part.weight.mean().abs() < 0.005
+        elif isinstance(part, nn.BatchNorm2d) and part.affine:
+            # 16 weights or more: the mean is known to 0.005.
+            assert part.weight.mean().item() == pytest.approx(1, abs=0.025)
+            assert 0.005 < part.weight.std() < 0.04
+        if getattr(part, "bias", None) is not None:
+            assert not part.bias.any()
+
+
+def test_running_statistics_survive_a_reinitialization():
+    net = build(UpsampleGenerator, 6, 2, 8, width=4)
+    net(noise(8, 6))
+    before = {name: value.clone() for name, value in net.named_buffers()}
+    assert before["project.2.running_mean"].any()
+    reinitialize(net, torch.Generator().manual_seed(0))
+    for name, value in net.named_buffers():
+        assert torch.equal(value, before[name])
+
+
+def test_the_generator_alone_decides_on_new_weights():
+    def weights(seed: int, start: int) -> torch.Tensor:
+        torch.manual_seed(start)
+        net = UpsampleGenerator(6, 2, 8, width=4)
+        held = list(net.parameters())
+        before = torch.get_rng_state()
+        reinitialize(net, torch.Generator().manual_seed(seed))
+        assert torch.equal(torch.get_rng_state(), before)
+        # In place: an optimizer goes on with the same parameters.
+        assert all(a is b for a, b in zip(held, net.parameters(), strict=True))
+        return nn.utils.parameters_to_vector(held).detach()
+
+    assert torch.equal(weights(1, start=0), weights(1, start=5))
+    assert not torch.equal(weights(1, start=0), weights(2, start=0))
+
+
+def test_without_a_generator_torchs_own_decides_on_new_weights():
+    net = UpsampleGenerator(6, 2, 8, width=4)
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        reinitialize(net)
+        found.append(nn.utils.parameters_to_vector(net.parameters()).detach())
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_weights_of_another_precision_are_drawn_alike():
+    halves, singles = (build(LargeGenerator, 6, 2, 8, width=2) for _ in range(2))
+    halves.half()
+    for net in (halves, singles):
+        reinitialize(net, torch.Generator().manual_seed(0))
+    for half, single in zip(halves.parameters(), singles.parameters(), strict=True):
+        assert half.dtype == torch.float16
+        assert torch.equal(half, single.half())

@@ -6,35 +6,35 @@ Paper: Zero-shot Knowledge Transfer via Adversarial Belief Matching, Micaelli, S
 Pure min-max on the KL divergence of teacher and student, KL(softmax t || softmax s) / K. One
 pseudo-batch:
 1. generator, once: x = G(z), maximise the divergence;
-2. student, `student_steps` times on the same images: minimise the divergence, plus
-   `attention_weight` times the distance of the attention maps of paired layers.
-Both with Adam, gradients clipped to a norm of 5.
+2. student, `student_steps` times on what the generator now makes of the same z: minimise the
+   divergence, plus `attention_weight` times the distance of the attention maps of paired layers.
+Both with Adam, gradients clipped to a norm of 5. S and G are in train mode throughout.
 
 Differs from the paper:
-    The student's steps do not go back through the generator, and what the teacher says of the
-    images is asked once; same result, less work. `z_policy: fresh` draws new images for each
-    student step, as DFAD and DataFree do: another algorithm. Layers for attention are found as the
-    last of each resolution that both networks have, unless named. `generator: pyramid` makes images
-    of any size and `generator_head: sigmoid` images in [0, 1].
+    The student's images are made once, where the reference code makes the same ones anew for each
+    step and goes back through the generator; same result, less work. Rates follow the schedule at
+    the end of a round, not of a pseudo-batch. `z_policy: fresh` draws new images for each student
+    step, as DFAD and DataFree do: another algorithm. Layers for attention are found as the last of
+    each resolution that both networks have, unless named. `generator: pyramid` makes images of any
+    size and `generator_head: sigmoid` images in [0, 1].
 
-Cost per round: `iterations` times: G forward, backward; T forward, backward to its input; S
-    forward, backward to its input; then S forward, backward `student_steps` times. With fresh z
-    also G and T forward `student_steps` times.
+Cost per round: `iterations` times: G forward 2, backward 1; T forward 2, backward to its input 1; S
+    forward, backward to its input 1; then S forward, backward `student_steps` times. With fresh z
+    G and T forward `student_steps` + 1.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from vestige.core import modes, optim, parallel, schedules
+from vestige.core import modes, optim, schedules
 from vestige.core.protocols import Context, Sharded, Source, Stateful, Task, Teacher
 from vestige.core.types import Batch, Loss, Requires, Result, Step, predict
-from vestige.errors import ContractError, RecipeError
+from vestige.errors import RecipeError
 from vestige.losses.adversarial import disagreement_loss
 from vestige.losses.distill import kl_divergence
 from vestige.losses.feature import attention_transfer_loss
@@ -52,8 +52,8 @@ class ZSKTConfig(BaseModel):
         iterations: pseudo-batches per round.
         student_steps: per pseudo-batch. 10 (paper).
         batch_size: 128 (paper).
-        z_policy: "same" (paper) takes all student steps on the generator's latest images, "fresh"
-            draws new ones for each.
+        z_policy: "same" (paper) takes all student steps on one batch, of the z that the generator
+            was just trained on; "fresh" draws new noise for each.
         attention_weight: of the attention transfer. 250 (paper), which goes with a divergence that
             is divided by the number of classes. 0 needs no maps.
         teacher_layers: whose outputs attend, by name. Empty finds the last of each resolution.
@@ -114,7 +114,6 @@ class ZSKT:
         self.teacher = teachers[0]
         self.student = student
         self.generator = make_generator(cfg, task.spec)
-        self.maps: tuple[Tensor, ...] = ()
         self.probes: tuple[FeatureProbe, FeatureProbe] | None = None
         if cfg.attention_weight:
             network = module_of(self.teacher)
@@ -166,7 +165,7 @@ class ZSKT:
         for _ in ctx.rounds("distill", cfg.rounds):
             for _ in range(cfg.iterations):
                 noise = Batch(latent=latent(cfg.batch_size, cfg.latent_dim, ctx))
-                step = ctx.update(
+                yield ctx.update(
                     "source",
                     self.generator,
                     self.generation,
@@ -174,13 +173,7 @@ class ZSKT:
                     generator_optimizer,
                     clip=cfg.clip,
                 )
-                yield step
-                same = self.pseudo_batch(step)
-                for index in range(cfg.student_steps):
-                    new = torch.full((cfg.batch_size,), not index, device=ctx.device)
-                    batch = replace(same, extra={**same.extra, "fresh": new})
-                    if cfg.z_policy == "fresh":
-                        batch = self.fresh_batch(ctx)
+                for batch in self.batches(noise, ctx):
                     yield ctx.update(
                         "student",
                         self.student,
@@ -190,29 +183,31 @@ class ZSKT:
                         clip=cfg.clip,
                     )
 
-    def pseudo_batch(self, step: Step) -> Batch:
-        """The images of the generator's step, with what the teacher said and saw."""
-        if step.loss is None or step.loss.teacher is None:
-            raise ContractError("a plug-in took the source's loss; expected it with answers")
-        maps = {f"map{index}": values for index, values in enumerate(self.maps)}
-        return Batch(step.loss.inputs, extra={"teacher": step.loss.teacher.logits, **maps})
+    def batches(self, noise: Batch, ctx: Context) -> Iterator[Batch]:
+        """What the student's steps of one pseudo-batch see, made as they are asked for."""
+        cfg = self.cfg
+        if cfg.z_policy == "fresh":
+            for _ in range(cfg.student_steps):
+                yield Batch(self.fakes(latent(cfg.batch_size, cfg.latent_dim, ctx)))
+            return
+        inputs = self.fakes(noise.latent)
+        with torch.no_grad(), self.probes[0] if self.probes else nullcontext():
+            extra = {"teacher": predict(self.teacher, inputs).logits}
+        if self.probes:
+            extra |= {f"map{i}": seen for i, seen in enumerate(self.probes[0].features())}
+        for index in range(cfg.student_steps):
+            fresh = torch.full((cfg.batch_size,), not index, device=ctx.device)
+            yield Batch(inputs, extra={**extra, "fresh": fresh})
 
     @torch.no_grad()
-    def fresh_batch(self, ctx: Context) -> Batch:
-        """New images."""
-        made = self.generator(latent(self.cfg.batch_size, self.cfg.latent_dim, ctx))
-        return Batch(as_inputs(made, self.cfg, self.spec))
+    def fakes(self, noise: Tensor | None) -> Tensor:
+        """Images of the generator as it is, as inputs of the teacher."""
+        return as_inputs(self.generator(noise), self.cfg, self.spec)
 
     def generation(self, generator: Any, batch: Batch) -> Loss:
         """-KL(T || S) / K, minimised over the generator."""
         inputs = as_inputs(generator(batch.latent), self.cfg, self.spec)
-        with self.probes[0] if self.probes else nullcontext():
-            teacher = predict(self.teacher, inputs)
-        if self.probes:
-            self.maps = tuple(
-                parallel.batch_rows(seen.detach()) for seen in self.probes[0].features()
-            )
-        answer = predict(self.student, inputs)
+        teacher, answer = predict(self.teacher, inputs), predict(self.student, inputs)
         divergence = disagreement_loss(answer.logits, teacher.logits, kind="kl")
         adversarial = -batch.mean(divergence / teacher.logits.shape[1])
         return Loss({"adversarial": adversarial}, adversarial, inputs, teacher, answer)
@@ -229,7 +224,7 @@ class ZSKT:
         total = terms["distillation"]
         if self.probes:
             of_teacher = (
-                [batch.extra[f"map{index}"] for index in range(len(self.maps))]
+                [batch.extra[f"map{i}"] for i in range(len(self.probes[0].names))]
                 if known
                 else self.probes[0].features()
             )
@@ -253,12 +248,12 @@ class ZSKT:
     def passes(self, cfg: ZSKTConfig) -> Mapping[str, float]:
         """Passes of each network per round; see the module docstring."""
         n, k = cfg.iterations, cfg.iterations * cfg.student_steps
-        fresh = k if cfg.z_policy == "fresh" else 0
+        made = k if cfg.z_policy == "fresh" else n
         passes = {
-            "generator_forward": n + fresh,
+            "generator_forward": n + made,
             "generator_backward": n,
             "generator_step": n,
-            "teacher_forward": n + fresh,
+            "teacher_forward": n + made,
             "teacher_backward_to_input": n,
             "student_forward": n + k,
             "student_backward_to_input": n,

@@ -46,7 +46,7 @@ _MODELS = {
 }
 _GENERATORS = {
     "upsample": _Entry(UpsampleGenerator, "two upsamplings, sides divisible by 4"),
-    "large": _Entry(LargeGenerator, "two upsamplings between wider convolutions, sides by 4"),
+    "large": _Entry(LargeGenerator, "two upsamplings from a wider map, sides by 4"),
     "pyramid": _Entry(PyramidGenerator, "as many upsamplings as the size needs, any size"),
     "dcgan": _Entry(DCGANGenerator, "transposed convolutions, shorter side 16, 32, 64, 128, ..."),
 }

@@ -84,10 +84,10 @@ class UpsampleGenerator(nn.Module):
 
 
 class LargeGenerator(nn.Module):
-    """Noise to images by two upsamplings between wider convolutions (the reference code of DFQ).
+    """Noise to images by two upsamplings from a wider map (DataFree's generator for DFQ).
 
-    Linear to 4w x H/4 x W/4, BN; 3x3 convolution to 4w, upsample, to 2w, upsample, to w, each with
-    BN and LeakyReLU; 3x3 convolution to C; head. Default torch initialisation.
+    Linear to 4w x H/4 x W/4, BN; upsample, 3x3 convolution to 2w, BN, LeakyReLU; the same to w; 3x3
+    convolution to C; head. Default torch initialisation.
 
     Attributes:
         latent_dim: Z, number of noise values per image.
@@ -126,9 +126,9 @@ class LargeGenerator(nn.Module):
             nn.BatchNorm2d(4 * width),
         )
         blocks: list[nn.Module] = []
-        for index, (before, after) in enumerate(((4, 4), (4, 2), (2, 1))):
-            blocks += [nn.Upsample(scale_factor=2)] if index else []
+        for before, after in ((4, 2), (2, 1)):
             blocks += [
+                nn.Upsample(scale_factor=2),
                 nn.Conv2d(before * width, after * width, 3, padding=1, bias=False),
                 nn.BatchNorm2d(after * width),
                 nn.LeakyReLU(slope),
@@ -310,7 +310,11 @@ def reinitialize(module: nn.Module, rng: torch.Generator | None = None) -> None:
         with torch.no_grad():
             where = layer.weight.device if rng is None else rng.device
             drawn = torch.empty(layer.weight.shape, device=where).normal_(mean, 0.02, generator=rng)
-            layer.weight.copy_(drawn)
+            weight = layer.weight
+            if nn.utils.parametrize.is_parametrized(layer, "weight"):
+                # What is read there is computed from this one.
+                weight = layer.get_parameter("parametrizations.weight.original")
+            weight.copy_(drawn)
             if layer.bias is not None:
                 layer.bias.zero_()
 

@@ -330,7 +330,7 @@ def paired_layers(
     if not shared:
         raise TeacherError(
             f"got networks with maps of {[*found[0]]} and {[*found[1]]}, expected one size that "
-            "both have; name pairs of layers, or do without attention transfer (attention: 0)"
+            "both have; name pairs of layers, or go without maps (attention_weight: 0)"
         )
     return tuple(found[0][size] for size in shared), tuple(found[1][size] for size in shared)
 
