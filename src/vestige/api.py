@@ -33,6 +33,7 @@ from vestige.training.inspection import notices
 from vestige.training.moments import drawable
 from vestige.training.outcome import Outcome
 from vestige.training.pictures import contact_sheet, png
+from vestige.training.pools import pool_of
 from vestige.training.summary import (
     RealData,
     RunFacts,
@@ -55,7 +56,8 @@ class DistillReport:
         student: trained, in eval mode; the object that was handed in, unless the method's result is
             another network (an average of its weights, say).
         source: where the method's inputs came from (a generator), or None.
-        pool: stored synthetic inputs, or None.
+        pool: the `Pool` of images that the method gathered, or None; `draw`, `draw_of` a class,
+            hand it to another `distill` as a source, or write it with `save_pool`.
         summary: the contents of summary.json.
         outcome: scores over time, findings and samples.
         spec: of the inputs, so that samples can be drawn.
@@ -306,7 +308,7 @@ def distill(
     return DistillReport(
         outcome.network or student,
         getattr(built, "generator", None),
-        getattr(built, "pool", None),
+        pool_of(built.parts()),
         summary,
         outcome,
         spec,

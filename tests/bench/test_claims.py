@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +9,12 @@ import scipy.stats
 import yaml
 
 from vestige.bench import claims
-from vestige.bench.claims import Statement, load_definition, run_claim
+from vestige.bench.claims import load_definition, run_claim
+from vestige.bench.verdicts import judge as judged
+from vestige.bench.verdicts import measured
 from vestige.errors import RecipeError
 from vestige.recipes.loading import load_recipe
+from vestige.recipes.updates import student_updates
 from vestige.training.files import write_json
 
 ROOT = Path(__file__).parents[2]
@@ -61,88 +63,7 @@ def check_document(document: dict[str, Any]) -> None:
         assert claim["verdict"] in VERDICTS
 
 
-# Verdicts
-
-
-def results(**arms: list[float]) -> dict[str, Any]:
-    """One case; the teacher scores 0.9."""
-    return {
-        "case": {
-            name: [{"student": {"score": s}, "teacher": {"score": 0.9}} for s in scores]
-            for name, scores in arms.items()
-        }
-    }
-
-
-RECIPES = {"case": SimpleNamespace(baseline="noise", reference="real")}
-
-
-def judge(statement: Statement, found: dict[str, Any], *, partial: str = "") -> tuple[str, str]:
-    told = claims._judge(statement, RECIPES, found, partial=partial)
-    assert told["claim"] == statement.claim
-    return told["verdict"], told["failures"]
-
-
-def test_a_claim_holds_if_every_rule_holds_on_every_seed():
-    statement = Statement(
-        claim="c", arm="a", share_of_teacher=0.5, points_above={"noise": 0.1}, gap_closed=0.5
-    )
-    found = results(a=[0.6, 0.7], noise=[0.4, 0.5], real=[0.7, 0.7])
-    assert judge(statement, found) == ("holds", "")
-    assert judge(statement, found, partial="not all arms ran") == ("not shown", "not all arms ran")
-
-
-@pytest.mark.parametrize(
-    ("rules", "told"),
-    [
-        ({"share_of_teacher": 0.75}, "case, seed number 1: 66.7% of the teacher"),
-        ({"points_above": {"noise": 0.25}}, "case, seed number 1: 20.0 points above noise"),
-        ({"points_above": {"real": 0.0}}, "case, seed number 1: -10.0 points above real"),
-        ({"gap_closed": 0.8}, "case, seed number 1: gap closed 67%"),
-    ],
-)
-def test_one_seed_that_fails_one_rule_is_enough_and_is_told(rules, told):
-    found = results(a=[0.8, 0.6], noise=[0.2, 0.4], real=[0.7, 0.7])
-    assert judge(Statement(claim="c", arm="a", **rules), found) == ("does not hold", told)
-
-
-def test_every_failure_is_told():
-    statement = Statement(claim="c", arm="a", share_of_teacher=1.0, points_above={"noise": 0.5})
-    verdict, failures = judge(statement, results(a=[0.5, 0.5], noise=[0.1, 0.4]))
-    assert verdict == "does not hold"
-    assert failures.split("; ") == [
-        "case, seed number 0: 55.6% of the teacher",
-        "case, seed number 0: 40.0 points above noise",
-        "case, seed number 1: 55.6% of the teacher",
-        "case, seed number 1: 10.0 points above noise",
-    ]
-
-
-def test_a_gap_that_is_not_there_is_not_closed():
-    statement = Statement(claim="c", arm="a", gap_closed=0.1)
-    found = results(a=[0.9], noise=[0.8], real=[0.8])
-    assert judge(statement, found) == ("does not hold", "case, seed number 0: no gap to close")
-    found = results(a=[0.2], noise=[0.2], real=[0.8])
-    assert judge(statement, found) == ("does not hold", "case, seed number 0: gap closed 0%")
-
-
-def test_a_threshold_that_is_met_exactly_holds_in_spite_of_rounding():
-    # 0.7 - 0.5 is a little less than 0.2 in floating point.
-    assert 0.7 - 0.5 < 0.2
-    statement = Statement(claim="c", arm="a", points_above={"noise": 0.2})
-    assert judge(statement, results(a=[0.7], noise=[0.5]))[0] == "holds"
-    assert judge(statement, results(a=[0.698], noise=[0.5]))[0] == "does not hold"
-
-
-def test_every_case_must_hold():
-    found = results(a=[0.9], noise=[0.1])
-    found["other"] = results(a=[0.2], noise=[0.1])["case"]
-    recipes = {**RECIPES, "other": RECIPES["case"]}
-    told = claims._judge(
-        Statement(claim="c", arm="a", points_above={"noise": 0.5}), recipes, found, partial=""
-    )
-    assert told["verdict"] == "does not hold"
-    assert told["failures"] == "other, seed number 0: 10.0 points above noise"
+# Figures
 
 
 @pytest.mark.parametrize("scores", [[0.1, 0.2], [0.968, 0.964, 0.958], [0.5, 0.5, 0.5, 0.6]])
@@ -150,6 +71,16 @@ def test_the_interval_is_students_t(scores):
     mean, error = sum(scores) / len(scores), scipy.stats.sem(scores)
     low, high = scipy.stats.t.interval(0.95, len(scores) - 1, loc=mean, scale=error)
     assert claims._interval(scores) == pytest.approx([low, high])
+
+
+def test_an_arm_without_a_student_has_no_score_and_keeps_what_was_measured():
+    summary = {"student": None, "seconds": 2.0, "teacher_queries": 5, "images_made": 4}
+    summary |= {"diagnosis": [], "diversity": {"distance": 2.5}}
+    found = claims._arm([summary, summary], ["student.score", "diversity.distance"])
+    assert (found["scores"], found["mean"], found["interval_95"]) == ([None, None], None, None)
+    assert found["measures"] == {"diversity.distance": [2.5, 2.5]}
+    # As an earlier version left it.
+    assert found["teacher_backward_passes"] is None
 
 
 def test_a_single_seed_has_no_interval_and_equal_ones_a_narrow_one():
@@ -177,6 +108,13 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "claims": [
             {"claim": "Impossible.", "arm": "dfad-bn", "share_of_teacher": 2.0},
             {"claim": "Certain.", "arm": "dfad-bn", "points_above": {"noise": -1.0}},
+            {
+                "claim": "Fewer rows.",
+                "arm": "noise",
+                "measure": "teacher_passes.forward",
+                "smaller": True,
+                "points_above": {"dfad-bn": 2},
+            },
         ],
         "tried": ["nothing"],
     }
@@ -214,10 +152,19 @@ def test_a_claim_is_measured_once_and_goes_on_where_it_stopped(tiny, runs):
     assert runs == [(arm, seed) for arm in ("dfad-bn", "noise", "real") for seed in (0, 1, 2)]
     assert set(first["arms"]) == {"digits/dfad-bn", "digits/noise", "digits/real"}
     assert (first["claim"], first["verdict"]) == ("Impossible.", "does not hold")
-    assert first["further_claims"][0]["verdict"] == "holds"
+    assert [claim["verdict"] for claim in first["further_claims"]] == ["holds", "holds"]
+    assert {arm: found["measures"] for arm, found in first["arms"].items()} == {
+        "digits/dfad-bn": {"teacher_passes.forward": [12, 12, 12]},
+        "digits/noise": {"teacher_passes.forward": [10, 10, 10]},
+        "digits/real": {"teacher_passes.forward": [10, 10, 10]},
+    }
     assert (first["seeds"], first["tried"], first["data"]) == ([0, 1, 2], ["nothing"], "digits")
-    assert first["arms"]["digits/dfad-bn"]["images"] == first["arms"]["digits/noise"]["images"] + 2
+    # What moves the generator alone was not made for the student.
+    assert first["arms"]["digits/dfad-bn"]["images"] == first["arms"]["digits/noise"]["images"]
     assert first["arms"]["digits/real"]["images"] == 0
+    told = {arm: first["arms"][f"digits/{arm}"] for arm in ("dfad-bn", "noise")}
+    passes = {a: (d["teacher_passes"], d["teacher_backward_passes"]) for a, d in told.items()}
+    assert passes == {"dfad-bn": (12, 2), "noise": (10, 0)}
 
     del runs[:]
     assert measure(tiny) == first
@@ -249,7 +196,7 @@ def test_a_subset_of_arms_shows_nothing(tiny, runs):
     document = measure(tiny, seeds=range(1), arms=["noise"])
     check_document(document)
     assert document["verdict"] == "not shown"
-    assert [claim["verdict"] for claim in document["further_claims"]] == ["not shown"]
+    assert [claim["verdict"] for claim in document["further_claims"]] == ["not shown"] * 2
     assert runs == [("noise", 0)]
 
 
@@ -289,7 +236,7 @@ def test_every_shipped_definition_fits_its_recipe(name):
         arms = set(case.arms or recipe.arms)
         assert arms <= set(recipe.arms)
         for statement in definition.claims:
-            assert {statement.arm, *statement.points_above} <= arms
+            assert {statement.arm, *statement.others} <= arms
             if statement.gap_closed is not None:
                 assert {recipe.baseline, recipe.reference} <= arms
         used = {recipe.arm(arm).method for arm in arms}
@@ -302,10 +249,24 @@ def test_arms_of_a_claim_have_the_same_number_of_student_steps(name):
         recipe = load_recipe(case.recipe, overrides=case.overrides)
         work = set()
         for arm in case.arms or recipe.arms:
-            cfg = recipe.arm(arm).method_config()
-            steps = cfg.rounds * cfg.iterations * getattr(cfg, "student_steps", 1)
-            work.add((steps, cfg.batch_size))
+            run = recipe.arm(arm)
+            cfg = run.method_config()
+            work.add((student_updates(run.method, cfg.model_dump()), cfg.batch_size))
         assert len(work) == 1
+
+
+def put(summary: dict[str, Any], place: str, value: float | None) -> None:
+    """Write a number where `measured` reads it."""
+    *way, last = place.split(".")
+    for key in way:
+        summary = summary.setdefault(key, {})
+    summary[last] = value
+
+
+def test_what_is_put_somewhere_is_measured_there():
+    summary = {"retention": {"then": 0.5}}
+    put(summary, "retention.lost", 0.25)
+    assert measured(summary, "retention.lost") == 0.25
 
 
 COMMITTED = sorted((ROOT / "benchmarks/claims").glob("*.json"))
@@ -331,16 +292,20 @@ def test_committed_verdicts_follow_from_the_committed_scores(path):
     for name, arm in document["arms"].items():
         case, _, label = name.partition("/")
         teacher = document["teachers"][case]
-        found.setdefault(case, {})[label] = [
+        runs: list[dict[str, Any]] = [
             {"student": {"score": score}, "teacher": teacher} for score in arm["scores"]
         ]
+        for place, values in arm.get("measures", {}).items():
+            for run, value in zip(runs, values, strict=True):
+                put(run, place, value)
+        found.setdefault(case, {})[label] = runs
     recipes = {
         name: load_recipe(case.recipe, overrides=case.overrides)
         for name, case in definition.cases.items()
     }
     told = [document, *document["further_claims"]]
     for statement, published in zip(definition.claims, told, strict=True):
-        again = claims._judge(statement, recipes, found, partial="")
+        again = judged(statement, recipes, found, partial="")
         assert published["verdict"] == again["verdict"]
 
 

@@ -1,22 +1,28 @@
 """Several methods side by side: what they share, what is their own, what is refused."""
 
+import base64
+import html
 import json
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytest
+import torch
 import yaml
 from pydantic import BaseModel
 
 from vestige.core.types import Requires
 from vestige.errors import RecipeError
 from vestige.methods.dfad import DFAD
+from vestige.recipes.build import build
 from vestige.recipes.catalog import METHODS
-from vestige.recipes.compare import BUDGET, compare, student_updates
+from vestige.recipes.compare import BUDGET, compare
 from vestige.recipes.loading import load_recipe, validate
 from vestige.recipes.run import run_arms
+from vestige.recipes.updates import student_updates
 
 
 def updates(recipe: Any, arm: str) -> float | None:
@@ -108,6 +114,61 @@ def test_a_method_without_a_recipe_keeps_its_defaults_and_its_updates_are_evened
     assert "with its defaults" in found.recipe.arms["picky"].title
 
 
+def test_a_method_that_gathers_images_keeps_its_rounds_and_its_steps_are_evened_out(
+    offer: Any, tmp_path: Path
+):
+    gatherer = picky()
+    gatherer.Config = pydantic.create_model(
+        "Gatherer", rounds=(int, 20), warmup=(int, 4), student_steps=(int, 100)
+    )
+    gatherer.passes = lambda self, cfg: {"student_step": float(cfg.student_steps)}
+    offer("gatherer", gatherer)
+    raw = load_recipe("dfad", preset="cpu").model_dump(mode="json")
+    raw["arms"] = {
+        "pool": {
+            "method": "gatherer",
+            "title": "t",
+            "config": {"rounds": 30, "warmup": 6, "student_steps": 7},
+        }
+    }
+    raw["headline"] = "pool"
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(raw))
+    recipe = compare(["dfad", "gatherer"], tmp_path / "r.yaml").recipe
+    cfg = recipe.arm("gatherer").method_config()
+    assert (cfg.rounds, cfg.student_steps, cfg.warmup) == (30, 50, 6)
+    assert updates(recipe, "gatherer") == updates(recipe, "dfad") == 1500
+    # Its defaults are no settings of its own: then the rounds are those of the recipe.
+    recipe = compare(["dfad", "gatherer"], "dfad", preset="cpu").recipe
+    cfg = recipe.arm("gatherer").method_config()
+    assert (cfg.rounds, cfg.student_steps) == (12, 125)
+
+
+def test_all_start_from_the_same_student_and_teacher():
+    recipe = compare(["dfad", "kd"], "dfad", preset="smoke", seed=3).recipe
+    jobs = [build(recipe.arm(name)) for name in recipe.arms]
+    first, second = (job.student.state_dict() for job in jobs)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert len({job.facts.teacher_fingerprint for job in jobs}) == 1
+    other = build(compare(["dfad", "kd"], "dfad", preset="smoke", seed=4).recipe.arm("kd")).student
+    assert not all(torch.equal(first[key], other.state_dict()[key]) for key in first)
+
+
+def test_a_setting_that_asks_for_batchnorm_is_told_before_anything_runs(offer: Any, tmp_path: Path):
+    raw = load_recipe("kd", preset="smoke").model_dump(mode="json")
+    raw |= {
+        "teacher": {"model": "lenet5"},
+        "input": {"channels": 1, "height": 16, "width": 16},
+        "num_classes": 10,
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(RecipeError) as caught:
+        compare(["kd", "dfad"], tmp_path / "r.yaml", overrides=["arms.dfad.config.bn_weight=2"])
+    assert "arm 'dfad': 'dfad' with bn_weight: 2 needs BatchNorm statistics" in str(caught.value)
+    assert "set bn_weight: 0, or take another method (" in str(caught.value)
+    off = ["arms.dfad.config.bn_weight=0"]
+    assert compare(["kd", "dfad"], tmp_path / "r.yaml", overrides=off).recipe.arms
+
+
 def test_updates_that_cannot_be_evened_out_are_told(offer: Any):
     silent = picky()
     silent.passes = lambda self, cfg: {}
@@ -163,7 +224,7 @@ def test_everything_that_keeps_a_method_from_running_is_told_at_once(offer: Any,
         "arms.picky.sources: 'picky' needs the source 'meadow'",
         "arms.picky.task: 'picky' serves segmentation",
         "arms.dfad.access: 'dfad' needs white_box, got scores",
-        "'statistician' needs BatchNorm statistics, but a teacher has 0 BatchNorm layers",
+        "arm 'statistician': 'statistician' needs BatchNorm statistics, but the teacher has 0",
     ):
         assert expected in told
     assert "arms.kd" not in told
@@ -202,6 +263,25 @@ def test_a_comparison_runs_resumes_and_says_what_is_common(tmp_path: Path):
     assert summary["note"] == found.note
     assert found.note in (out / "report.html").read_text(encoding="utf8")
     rows = {row["name"]: row for row in summary["arm_details"]}
+    written = json.loads((out / "comparison.json").read_text(encoding="utf8"))
+    assert written["note"] == found.note
+    assert [row["method"] for row in written["rows"]] == ["dfad", "kd", "kd"]
+    for row in written["rows"]:
+        assert {**row, "method": None, "samples": None} == {
+            **rows[row["name"]],
+            "method": None,
+            "samples": None,
+        }
+        assert (out / row["samples"]).is_file()
+    back = {name: row["teacher_passes"]["backward"] for name, row in rows.items()}
+    assert back["dfad"] > back["kd"] == back["real"] == 0
+    made = {name: row["images_made"] for name, row in rows.items()}
+    assert made["dfad"] == made["kd"] > made["real"] == 0
+    # Every arm's sheet is on the page, under its name.
+    page = html.unescape((out / "report.html").read_text(encoding="utf8"))
+    for row in written["rows"]:
+        sheet = base64.b64encode((out / row["samples"]).read_bytes()).decode()
+        assert sheet in page and f"<figcaption>{row['title']}</figcaption>" in page
     assert rows["kd"]["gap_closed"] in (0.0, None)
     assert rows["dfad"]["headline"]
     # What was run is a recipe of its own, from which the same comparison starts again.

@@ -51,6 +51,8 @@ SUMMARY = {
     "seconds": float,
     "peak_memory_mib": float,
     "teacher_queries": int,
+    "teacher_passes": dict,
+    "images_made": int,
     "real_data": list,
     "seed": int,
     "device": str,
@@ -136,8 +138,19 @@ def test_the_summary_has_every_key_of_schema_1(smoke: Recipe, tmp_path: Path):
     assert set(summary["versions"]) >= {"python", "vestige", "torch", "numpy"}
     # 2 rounds of 2 iterations of 5 + 1 steps of 16 rows
     assert (summary["steps"], summary["teacher_queries"]) == (24, 384)
+    # The generator's updates alone go back through the teacher, and teach the student nothing.
+    assert summary["teacher_passes"] == {"forward": 384, "backward": 2 * 2 * 16}
+    assert summary["images_made"] == 2 * 2 * 5 * 16
     assert summary["teacher"]["parameters"] == builtin_card("digits-convnet").parameters
     assert summary["teacher"]["score"] == builtin_card("digits-convnet").accuracy
+
+
+def test_what_is_replayed_is_made_once(smoke: Recipe, tmp_path: Path):
+    replaying = smoke.model_copy(update={"config": {**smoke.config, "replay": 0.25}})
+    summary = run_recipe(replaying, tmp_path / "run", report=False)
+    # Nothing is there to replay in the first iteration; then 4 of 16 rows are.
+    assert summary["images_made"] == 5 * 16 + 3 * 5 * 12
+    assert summary["teacher_passes"]["forward"] == 384
 
 
 def test_the_score_is_the_last_and_the_best_is_told_apart(smoke: Recipe, tmp_path: Path):

@@ -94,6 +94,9 @@ def test_every_member_is_asked_and_counted() -> None:
     ensemble(X)
     ensemble(X[:1])
     assert ensemble.queries == 3 * 4
+    assert ensemble.gradients == 0
+    ensemble(torch.randn(2, 1, 8, 8, requires_grad=True))
+    assert (ensemble.queries, ensemble.gradients) == (3 * 4 + 3 * 2, 3 * 2)
 
 
 def test_members_with_other_classes_are_told_by_number() -> None:

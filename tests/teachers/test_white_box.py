@@ -38,3 +38,17 @@ def test_broken_weights_are_named(tiny_teacher: nn.Sequential, value: float, nam
     tiny_teacher.state_dict()[name].view(-1)[1] = value
     with pytest.raises(TeacherError, match=rf"1 NaN or infinite values of \d+ in '{name}'"):
         WhiteBoxTeacher(tiny_teacher)
+
+
+def test_rows_that_are_asked_and_rows_that_lead_back_to_the_inputs_are_counted(
+    tiny_teacher: nn.Sequential,
+) -> None:
+    teacher = WhiteBoxTeacher(tiny_teacher)
+    inputs = torch.randn(4, 1, 8, 8)
+    teacher(inputs)
+    assert (teacher.queries, teacher.gradients) == (4, 0)
+    teacher(inputs[:3].requires_grad_())
+    assert (teacher.queries, teacher.gradients) == (7, 3)
+    with torch.no_grad():
+        teacher(inputs.requires_grad_())
+    assert (teacher.queries, teacher.gradients) == (11, 3)

@@ -51,6 +51,29 @@ def healthy(count: int = 20) -> list[RoundRecord]:
 # What is counted
 
 
+def test_updates_that_only_replay_tell_no_agreement():
+    answers = Prediction(torch.eye(CLASSES)[[1, 2]])
+    wrong = Prediction(torch.eye(CLASSES)[[3, 3]])
+
+    def update(student: Prediction, fresh: list[bool] | None) -> Loss:
+        rows = None if fresh is None else torch.tensor(fresh)
+        return Loss({}, torch.zeros(()), torch.zeros(2, 1), answers, student, rows)
+
+    diagnosis = Diagnosis(CLASSES)
+    for student, fresh in ((answers, None), (wrong, [False, False]), (answers, [True, False])):
+        diagnosis.observe(update(student, fresh))
+    record = diagnosis.end_round(None)
+    assert record is not None and record.agreement == 1.0
+    assert sum(record.classes) == 3
+    # A round of nothing else has nothing to say, and leaves nothing for the next.
+    diagnosis.observe(update(wrong, [False, False]))
+    assert diagnosis.end_round(None) is None
+    assert diagnosis.records == [record]
+    diagnosis.observe(update(wrong, None))
+    record = diagnosis.end_round(None)
+    assert record is not None and record.agreement == 0.0
+
+
 def test_rows_that_are_replayed_are_not_counted():
     new, old = torch.eye(CLASSES)[[1, 2]], torch.eye(CLASSES)[[3, 3]]
     teacher = torch.cat([new, old])

@@ -12,13 +12,14 @@ from statistics import fmean, stdev
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from vestige.bench.verdicts import SCORE, Statement, Strict, judge, measured
 from vestige.errors import RecipeError
 from vestige.recipes.checks import explain
 from vestige.recipes.files import read_yaml
 from vestige.recipes.loading import load_recipe
-from vestige.recipes.run import check_same, gap_closed, run_recipe
+from vestige.recipes.run import check_same, run_recipe
 from vestige.recipes.schema import Recipe
 from vestige.training import runtime
 from vestige.training.files import write_json
@@ -29,11 +30,7 @@ FOLDER = Path(__file__).parent
 _LEAST_SEEDS = 3
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Case(_Strict):
+class Case(Strict):
     """One setting: a recipe with arms, overrides as for `--set`, and which arms to run."""
 
     recipe: str
@@ -41,27 +38,7 @@ class Case(_Strict):
     arms: tuple[str, ...] = ()
 
 
-class Statement(_Strict):
-    """One claim and when it holds; every rule must hold on every seed of every case.
-
-    Attributes:
-        claim: the sentence.
-        arm: the arm it speaks of.
-        cases: the ones it speaks of; none means all.
-        share_of_teacher: least share of the teacher's score.
-        points_above: least distance to other arms, in units of the score.
-        gap_closed: least share of the way from the baseline to the reference arm.
-    """
-
-    claim: str
-    arm: str
-    cases: tuple[str, ...] = ()
-    share_of_teacher: float | None = None
-    points_above: dict[str, float] = {}
-    gap_closed: float | None = None
-
-
-class Definition(_Strict):
+class Definition(Strict):
     """What is run and what is claimed; the first claim is the headline.
 
     Attributes:
@@ -163,10 +140,9 @@ def _cell(
     if not (resume and done.is_file()):
         run_recipe(run, folder, resume=resume, arm=arm, report=False)
     summary: dict[str, Any] = json.loads(done.read_text(encoding="utf8"))
-    echo(
-        f"{folder}: {summary['student']['score']:.1%} of {summary['teacher']['score']:.1%} in "
-        f"{summary['seconds']:.0f} s"
-    )
+    score = measured(summary, SCORE)
+    told = "no student" if score is None else f"{score:.1%} of {summary['teacher']['score']:.1%}"
+    echo(f"{folder}: {told} in {summary['seconds']:.0f} s")
     return summary
 
 
@@ -191,10 +167,10 @@ def _document(
     *,
     partial: str,
 ) -> dict[str, Any]:
-    judged = [_judge(claim, recipes, results, partial=partial) for claim in definition.claims]
+    judged = [judge(claim, recipes, results, partial=partial) for claim in definition.claims]
     first = next(iter(next(iter(results.values())).values()))[0]
     arms = {
-        f"{case}/{arm}": _arm(summaries)
+        f"{case}/{arm}": _arm(summaries, [claim.measure for claim in definition.claims])
         for case, by_arm in results.items()
         for arm, summaries in by_arm.items()
     }
@@ -209,7 +185,7 @@ def _document(
         "teachers": {
             case: next(iter(by_arm.values()))[0]["teacher"] for case, by_arm in results.items()
         },
-        "student_parameters": first["student"]["parameters"],
+        "student_parameters": measured(first, "student.parameters"),
         "seeds": list(seeds),
         "arms": arms,
         "further_claims": judged[1:],
@@ -223,16 +199,23 @@ def _document(
     }
 
 
-def _arm(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    scores = [summary["student"]["score"] for summary in summaries]
+def _arm(summaries: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> dict[str, Any]:
+    scores = [measured(summary, SCORE) for summary in summaries]
+    # A run that only makes images has no student.
+    judged = [score for score in scores if score is not None]
+    whole = len(judged) == len(scores)
+    found = {key: [measured(s, key) for s in summaries] for key in measures if key != SCORE}
     return {
         "scores": scores,
-        "mean": fmean(scores),
-        "interval_95": _interval(scores),
+        "mean": fmean(judged) if whole else None,
+        "interval_95": _interval(judged) if whole else None,
         "seconds": [summary["seconds"] for summary in summaries],
         "teacher_passes": summaries[0]["teacher_queries"],
+        # Cells of an earlier version know the forward ones only.
+        "teacher_backward_passes": measured(summaries[0], "teacher_passes.backward"),
         "images": summaries[0]["images_made"],
         "findings": sorted({f["code"] for summary in summaries for f in summary["diagnosis"]}),
+        **({"measures": found} if found else {}),
     }
 
 
@@ -244,46 +227,6 @@ def _interval(scores: Sequence[float]) -> list[float] | None:
 
     half = float(t.ppf(0.975, len(scores) - 1)) * stdev(scores) / math.sqrt(len(scores))
     return [fmean(scores) - half, fmean(scores) + half]
-
-
-def _judge(
-    statement: Statement,
-    recipes: Mapping[str, Recipe],
-    results: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]],
-    *,
-    partial: str,
-) -> dict[str, str]:
-    """The verdict, and which rules fail where."""
-    if partial:
-        return {"claim": statement.claim, "verdict": "not shown", "failures": partial}
-    failures = []
-    for case, by_arm in results.items():
-        if statement.cases and case not in statement.cases:
-            continue
-        scores = {arm: [s["student"]["score"] for s in runs] for arm, runs in by_arm.items()}
-        teachers = [s["teacher"]["score"] for s in by_arm[statement.arm]]
-        recipe = recipes[case]
-        for index, score in enumerate(scores[statement.arm]):
-            where = f"{case}, seed number {index}"
-            share = statement.share_of_teacher
-            if share is not None and score < share * teachers[index]:
-                failures.append(f"{where}: {score / teachers[index]:.1%} of the teacher")
-            for other, points in statement.points_above.items():
-                above = score - scores[other][index]
-                # A difference of two accuracies on 500 images carries rounding in its last digit.
-                if above < points - 1e-9:
-                    failures.append(f"{where}: {100 * above:.1f} points above {other}")
-            if statement.gap_closed is not None:
-                low = scores[str(recipe.baseline)][index]
-                closed = gap_closed(score, low, scores[str(recipe.reference)][index])
-                if closed is None or closed < statement.gap_closed:
-                    told = "no gap to close" if closed is None else f"gap closed {closed:.0%}"
-                    failures.append(f"{where}: {told}")
-    return {
-        "claim": statement.claim,
-        "verdict": "does not hold" if failures else "holds",
-        "failures": "; ".join(failures),
-    }
 
 
 def commit() -> str | None:

@@ -28,7 +28,11 @@ def method_table() -> str:
 
 
 def results_table(claims: Mapping[str, Mapping[str, Any]]) -> str:
-    """Every arm of every result as a Markdown table, with date, machine and command."""
+    """Every arm of every result as a Markdown table, with date, machine and command.
+
+    What an arm cost: seconds (mean over the seeds), rows through the teacher forward and backward
+    to its inputs, and images made for the student; empty where an earlier version did not count.
+    """
     lines: list[str] = []
     for result in claims.values():
         machine = result["machine"]
@@ -37,17 +41,22 @@ def results_table(claims: Mapping[str, Mapping[str, Any]]) -> str:
             f"`{result['command']}`, {result['date']}, {where}, torch "
             f"{result['versions']['torch']}, seeds {', '.join(map(str, result['seeds']))}:",
             "",
-            "| data | arm | accuracy, each seed | mean | seconds |",
-            "| --- | --- | --- | --- | --- |",
+            "| data | arm | accuracy, each seed | mean | seconds | teacher rows | back | images |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for case, teacher in result["teachers"].items():
-            lines.append(f"| {case} | teacher | {_percent(teacher['score'])} | | |")
+            lines.append(f"| {case} | teacher | {_percent(teacher['score'])} | | | | | |")
         for name, arm in result["arms"].items():
             case, _, label = name.partition("/")
             scores = ", ".join(_percent(score) for score in arm["scores"])
             seconds = sum(arm["seconds"]) / len(arm["seconds"])
+            back = arm.get("teacher_backward_passes")
+            # Before rows back were counted, what only moved a generator counted as images made.
+            cost = [arm["teacher_passes"], back, None if back is None else arm["images"]]
+            counts = " | ".join("" if count is None else f"{count:,}" for count in cost)
             lines.append(
-                f"| {case} | {label} | {scores} | {_percent(arm['mean'])} | {seconds:.0f} |"
+                f"| {case} | {label} | {scores} | {_percent(arm['mean'])} | {seconds:.0f} | "
+                f"{counts} |"
             )
         lines.append("")
     return "\n".join(lines).rstrip()

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from vestige.cli import bench, doctor, federate, listing, models, recipes, runs, teachers
+from vestige.cli import bench, doctor, federate, listing, models, pools, recipes, runs, teachers
 from vestige.cli.output import examples
 
 DONE, FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
@@ -52,6 +52,7 @@ teachers.register(app)
 models.register(app)
 doctor.register(app)
 app.add_typer(federate.app, name="federate")
+app.add_typer(pools.app, name="pool")
 app.add_typer(bench.app, name="bench")
 
 

@@ -26,17 +26,27 @@ def show(
     picture: Annotated[
         Path | None, typer.Option(help="Write a sheet of its images, one row per class.")
     ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(help="A teacher as in a recipe, which judges how the images differ."),
+    ] = None,
 ) -> None:
-    """Tell what a pool holds: images, classes, method, teacher, and the loss of its batches."""
+    """Tell what a pool holds: images, classes, method, teacher, and how its images differ."""
     from rich.console import Console
     from rich.table import Table
 
     from vestige.sources.pool_files import open_pool, read_card
     from vestige.training.pictures import save_png
-    from vestige.training.pools import pool_sheet
+    from vestige.training.pools import pool_facts, pool_sheet
 
     card = read_card(folder)
     pool = open_pool(folder)
+    diversity, judge = card.get("diversity"), "the teacher"
+    if features is not None:
+        from vestige.api import load_teacher
+
+        network = load_teacher(features)
+        diversity, judge = pool_facts(pool, network, 0).get("diversity"), features
     counts = card["labels"] or []
     table = Table(show_header=False)
     shape = " x ".join(map(str, card["input"]["shape"]))
@@ -53,6 +63,13 @@ def show(
     losses = [loss for loss in card.get("losses") or [] if loss is not None]
     if losses:
         table.add_row("loss of the batches", f"first {losses[0]:.3g}, last {losses[-1]:.3g}")
+    if diversity:
+        table.add_row(
+            f"to {judge}",
+            f"mean distance {diversity['pairwise_distance']:.3f}, "
+            f"{diversity['effective_classes']:.1f} classes, "
+            f"{diversity['repeats']:.1%} with a near repeat",
+        )
     table.add_row("teacher", str(card.get("teacher_fingerprint", "unknown"))[:16])
     table.add_row("seed", str(card.get("seed", "unknown")))
     table.add_row("real data read", ", ".join(card.get("real_data") or []) or "none")

@@ -282,5 +282,8 @@ def _print_result(summary: dict[str, Any], folder: Path) -> None:
             f"[yellow]{finding['code']}[/]: {escape(finding['message'])}. "
             f"Knob: {escape(finding['knob'])}"
         )
-    pictures = "samples.png, " if (folder / "samples.png").is_file() else ""
-    typer.echo(f"{folder}: {pictures}report.html, summary.json, student.safetensors")
+    left = (
+        *("samples.png", "report.html", "summary.json", "comparison.json", "student.safetensors"),
+        "pool",
+    )
+    typer.echo(f"{folder}: {', '.join(name for name in left if (folder / name).exists())}")

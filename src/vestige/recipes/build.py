@@ -12,19 +12,21 @@ from torch import nn
 from vestige.core import seeding
 from vestige.core.protocols import JudgesInDetail, Plugin, Source, Task, Teacher
 from vestige.core.types import Requires, count_parameters
-from vestige.errors import RecipeError
+from vestige.errors import NoBatchNormError, RecipeError
 from vestige.recipes.catalog import DATA, METHODS, PLUGINS, TASKS
 from vestige.recipes.checks import explain
 from vestige.recipes.examples import fit_classes
-from vestige.recipes.requirements import check_requirements
+from vestige.recipes.requirements import check_requirements, no_batchnorm
 from vestige.recipes.resolve import resolve_teachers, shown
 from vestige.recipes.schema import Recipe
 from vestige.recipes.settle import settled
 from vestige.recipes.sources import build_source, record_of
 from vestige.recipes.student import build_student, input_card, network_card
 from vestige.teachers.loading import fingerprint
+from vestige.teachers.white_box import WhiteBoxTeacher
 from vestige.training import guard, runtime
 from vestige.training.inspection import notices
+from vestige.training.pools import foreign_pools
 from vestige.training.summary import RealData, RunFacts
 from vestige.training.tracking import Callback
 from vestige.training.trainer import Trainer
@@ -122,7 +124,10 @@ def build(
         },
         callbacks=callbacks,
         # Evaluation inputs are not looked at: they were made from images by this very spec.
-        noticed=notices([one.module for one in loaded], task, score=teacher_score),
+        noticed=[
+            *notices([one.module for one in loaded], task, score=teacher_score),
+            *foreign_pools(sources, weights),
+        ],
     )
     facts = RunFacts(
         method=recipe.method,
@@ -181,12 +186,25 @@ def build_method(
     sources: Mapping[str, Source],
     seed: int,
 ) -> Any:
-    """The method, after its requirements were checked; it may not open a file meanwhile."""
+    """The method, after its requirements were checked; it may not open a file meanwhile.
+
+    Raises:
+        NoBatchNormError: its settings ask for BatchNorm statistics and the teacher has none.
+    """
     method, name = METHODS.get(chosen), METHODS.name_of(chosen)
     check_requirements(name, method.requires, task, teachers, sources)
     allowed = tuple(path for source in sources.values() for path in source.paths)
-    with seeding.seeded(seed, "generator"), guard.watching(name, allowed):
-        return method(config, task, teachers, student, sources)
+    white = [teacher for teacher in teachers if isinstance(teacher, WhiteBoxTeacher)]
+    asked = [(teacher.queries, teacher.gradients) for teacher in white]
+    try:
+        with seeding.seeded(seed, "generator"), guard.watching(name, allowed):
+            return method(config, task, teachers, student, sources)
+    except NoBatchNormError as error:
+        raise NoBatchNormError(no_batchnorm(name, config, task.kind)) from error
+    finally:
+        # An empty image that shows where a network's layers are is no question to a teacher.
+        for teacher, counts in zip(white, asked, strict=True):
+            teacher.queries, teacher.gradients = counts
 
 
 def variant_of(method: Any) -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from vestige.core.types import Requires
 from vestige.errors import RecipeError, VestigeError
@@ -17,8 +16,10 @@ from vestige.recipes.checks import listed
 from vestige.recipes.extras import lacking
 from vestige.recipes.files import merge, parse_override, read_yaml
 from vestige.recipes.loading import find_problems, layered
+from vestige.recipes.requirements import bn_weight, no_batchnorm
 from vestige.recipes.resolve import resolve_teachers
 from vestige.recipes.schema import Recipe
+from vestige.recipes.updates import student_updates, with_updates
 
 # What every method is given as the recipe's own has it, where it has a setting of that name. What
 # the recipe says is `shared` comes on top.
@@ -26,8 +27,6 @@ BUDGET = (
     *("rounds", "batch_size", "schedule", "milestones"),
     *("student_optimizer", "student_lr", "student_weight_decay"),
 )
-# The one that is turned until the student makes as many updates as in the recipe's own method.
-_TURNED = ("iterations", "rounds")
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,12 @@ def compare(
     """Turn a recipe into one with an arm for each of `methods`.
 
     Teacher, student, seed, data and trainer are the recipe's. So are `BUDGET` and whatever the
-    recipe says is shared, in every method that has such a setting; then `iterations` (or `rounds`)
-    is turned until the student makes as many updates as in the recipe's own method. All else is a
-    method's own: for the recipe's method the recipe's `config`, for another that of the first of
-    the recipe's arms with it, else of its shipped recipe, else its defaults. The arms that the
-    recipe names as baseline and reference come along, since the gap closed needs both.
+    recipe says is shared, in every method that has such a setting; then what the number of its
+    student's updates follows from is turned until that is the same as in the recipe's own method,
+    see `with_updates`. All else is a method's own: for the recipe's method the recipe's `config`,
+    for another that of the first of the recipe's arms with it, else of its shipped recipe, else its
+    defaults; also `rounds` where it has no `iterations` in them. The arms that the recipe names as
+    baseline and reference come along, since the gap closed needs both.
 
     Args:
         methods: at least two names, in the order in which they run.
@@ -118,8 +118,11 @@ def _with_arms(
             continue
         found = _settings(name, base, preset)
         fields = METHODS.get(name).Config.model_fields
-        config = {**found.config, **{key: common[key] for key in common if key in fields}}
-        config = _with_updates(name, config, wanted)
+        given = {key: common[key] for key in common if key in fields}
+        if "iterations" not in fields and "rounds" in found.config:
+            # There a round is no mere unit of iterations: it decides how many images are made.
+            given["rounds"] = found.config["rounds"]
+        config = with_updates(name, {**found.config, **given}, wanted)
         arms[name] = {"title": f"{name} {found.where}", "method": name, "config": config}
         if found.sources is not None:
             arms[name]["sources"] = found.sources
@@ -191,45 +194,18 @@ def _settings(name: str, base: Recipe, preset: str | None) -> _Settings:
     return _Settings({}, None, "with its defaults")
 
 
-def student_updates(name: str, config: Mapping[str, Any]) -> float | None:
-    """Updates of the student in a whole run; None where the method does not tell by its settings.
-
-    Args:
-        name: of the method.
-        config: its settings.
-    """
-    method = METHODS.get(name)
-    try:
-        cfg = method.Config.model_validate(dict(config))
-        # `passes` is a function of the settings; nothing has been built that could be asked.
-        per_round = method.passes(object.__new__(method), cfg).get("student_step")
-        return None if per_round is None else float(per_round) * int(cfg.rounds)
-    except (ValidationError, AttributeError, TypeError):
-        return None
-
-
-def _with_updates(name: str, config: Mapping[str, Any], wanted: float | None) -> dict[str, Any]:
-    """`config` with as many updates of the student as wanted, as near as whole numbers come."""
-    fields = METHODS.get(name).Config.model_fields
-    for key in _TURNED:
-        have = student_updates(name, config)
-        if key not in fields or not have or not wanted:
-            continue
-        now = config.get(key, fields[key].default)
-        turned = {**config, key: max(1, round(int(now) * wanted / have))}
-        # Some method's updates may not follow from its `iterations`.
-        if have == wanted or student_updates(name, turned) != have:
-            return turned
-    return dict(config)
-
-
 def _obstacles(recipe: Recipe) -> Iterator[str]:
     """What keeps an arm from running and can only be seen on this machine or in the teacher."""
     methods = {name: recipe.arm(name).method for name in recipe.arms}
     requires: dict[str, Requires] = {one: METHODS.get(one).requires for one in methods.values()}
     for method, needs in requires.items():
         yield from lacking(method, needs.extras)
-    needing = [method for method, needs in requires.items() if needs.batchnorm]
+    # By the arm, since one method may be there twice with other settings.
+    settings = {
+        arm: None if requires[method].batchnorm else recipe.arm(arm).method_config()
+        for arm, method in methods.items()
+    }
+    needing = [arm for arm, one in settings.items() if one is None or bn_weight(one)]
     if not needing:
         return
     try:
@@ -238,11 +214,9 @@ def _obstacles(recipe: Recipe) -> Iterator[str]:
         yield f"teacher: {error}"
         return
     if not all(layers):
-        for method in needing:
-            yield (
-                f"--compare: {method!r} needs BatchNorm statistics, but a teacher has 0 BatchNorm "
-                "layers; leave it out (vestige list methods --without batchnorm)"
-            )
+        for arm in needing:
+            told = no_batchnorm(methods[arm], settings[arm], recipe.task)
+            yield f"--compare: arm {arm!r}: {told}"
 
 
 def _note(recipe: Recipe, names: Sequence[str]) -> str:

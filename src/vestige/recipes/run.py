@@ -8,9 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from vestige.core import parallel
 from vestige.errors import CheckpointError, Interrupted, RecipeError
 from vestige.recipes.build import Job, build
+from vestige.recipes.compared import write_comparison
 from vestige.recipes.files import read_yaml
 from vestige.recipes.schema import Recipe
 from vestige.recipes.sources import MADE_UP
@@ -23,6 +26,7 @@ from vestige.training.files import (
     write_text,
 )
 from vestige.training.outcome import Outcome
+from vestige.training.pools import pool_facts, pool_of, write_pool
 from vestige.training.report import write_report
 from vestige.training.summary import (
     RunFacts,
@@ -169,16 +173,27 @@ def _write_report(out: Path) -> None:
 
 def finish(job: Job, outcome: Outcome, out: Path | None) -> dict[str, Any]:
     """Write what a finished run leaves; the summary last, as the mark that the run is whole."""
-    trained = outcome.network or job.student
+    made_images = outcome.result.kind == "pool"
+    trained = None if made_images else outcome.network or job.student
     summary = summarize(job.facts, outcome, job.task, trained, job.trainer.device)
     summary["images_made"] = _images_made(job, outcome)
+    pool = pool_of(job.trainer.method.parts())
+    if pool is not None:
+        judge = job.trainer.teachers[0]
+        network = judge if isinstance(judge, nn.Module) else None
+        summary["pool"] = pool_facts(pool, network, job.facts.seed)
     if out is None:
         return summary
     if trained is not None:
         write_student(out, trained, job.facts.student_card)
         if job.details is not None:
             write_details(out, job.details(trained), outcome, job.task, job.classes)
-    write_samples(out, outcome, job.task, job.classes)
+    shown = write_samples(out, outcome, job.task, job.classes)
+    if pool is not None:
+        write_pool(out, pool, summary["pool"], job.facts, job.classes)
+        # A run that only makes images has no student to show them to.
+        if not shown and (out / "pool" / "samples.png").is_file():
+            write_bytes(out / "samples.png", (out / "pool" / "samples.png").read_bytes())
     write_samples_over_time(out, outcome, job.classes)
     write_json(out / "summary.json", summary)
     return summary
@@ -306,7 +321,10 @@ def gap_closed(score: float, baseline: float, reference: float) -> float | None:
 
 
 def arm_details(recipe: Recipe, summaries: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per arm: score, gap closed, seconds, images made, real images read to train."""
+    """One row per arm: score, gap closed, seconds, teacher passes, images made, real images read.
+
+    Teacher passes are rows, forward and backward to the inputs; an earlier version told none.
+    """
     scores: dict[str, float | None] = {
         name: (summary["student"] or {}).get("score") for name, summary in summaries.items()
     }
@@ -326,6 +344,7 @@ def arm_details(recipe: Recipe, summaries: dict[str, dict[str, Any]]) -> list[di
                 if score is None or low is None or high is None
                 else gap_closed(score, low, high),
                 "seconds": summary["seconds"],
+                "teacher_passes": summary.get("teacher_passes"),
                 "images_made": summary["images_made"],
                 "real_images_read": real,
                 "data_free": real == 0,
@@ -370,6 +389,8 @@ def _gather(
         for item in s["real_data"]
     }
     write_json(out / "run.json", {**record, "real_data": list(seen.values())})
+    if note:
+        write_comparison(out, recipe, summary, rows)
     write_json(out / "summary.json", summary)
     _write_report(out)
     return summary
@@ -384,7 +405,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _images_made(job: Job, outcome: Outcome) -> int:
-    """Rows that the teacher was asked about, if none of them is real; replayed ones count again."""
+def _images_made(job: Job, outcome: Outcome) -> int | None:
+    """Inputs made for the student, what is replayed counted once; None where nobody can tell.
+
+    Where a source is real the student's inputs are not made; a pool of the method's own still is.
+    """
     real = any(source.origin not in MADE_UP for source in job.trainer.sources.values())
-    return 0 if real else outcome.teacher_queries
+    return 0 if real and "pool" not in job.trainer.method.parts() else outcome.images_made

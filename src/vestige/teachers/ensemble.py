@@ -89,6 +89,7 @@ class Ensemble(WhiteBoxTeacher):
 
     Attributes:
         queries: rows that the members were asked so far; one input asks every member.
+        gradients: likewise of `WhiteBoxTeacher`.
     """
 
     def __init__(
@@ -110,8 +111,9 @@ class Ensemble(WhiteBoxTeacher):
     def forward(self, *inputs: Tensor, **named: Tensor) -> Prediction:
         """Prediction for inputs (B, ...), attached to them."""
         answer = super().forward(*inputs, **named)
-        rows = count_rows(inputs[0] if inputs else named)
-        self.queries += (self._size - 1) * parallel.rows_of_all(rows)
+        rows = parallel.rows_of_all(count_rows(inputs[0] if inputs else named))
+        self.queries += (self._size - 1) * rows
+        self.gradients += (self._size - 1) * (rows if answer.logits.requires_grad else 0)
         return answer
 
 

@@ -1,5 +1,6 @@
 """A teacher whose weights, activations and gradients can be used."""
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -21,6 +22,8 @@ class WhiteBoxTeacher(nn.Module):
 
     Attributes:
         queries: rows that were asked so far.
+        gradients: of them the rows whose answer carried a graph back to the inputs. Each is taken
+            to be gone through once.
         shortcut: a faster way to the same answers for calls in which nobody looks inside; it is
             off unless the trainer, or you, switch it on (`shortcut.fold = True`).
 
@@ -38,13 +41,18 @@ class WhiteBoxTeacher(nn.Module):
         check_finite(module)
         self.module = module.requires_grad_(False)
         self.queries = 0
+        self.gradients = 0
         self.shortcut = Shortcut()
         self.eval()
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Prediction:
         """Prediction for inputs (B, ...), attached to them; taken as the network takes them."""
-        self.queries += parallel.rows_of_all(count_rows(inputs[0] if inputs else named))
-        return Prediction.of(self.shortcut.call(self.module, inputs, named))
+        rows = parallel.rows_of_all(count_rows(inputs[0] if inputs else named))
+        self.queries += rows
+        answer = Prediction.of(self.shortcut.call(self.module, inputs, named))
+        # Its weights are frozen, so a graph can only lead to the inputs.
+        self.gradients += rows if answer.logits.requires_grad else 0
+        return answer
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode: a parent's `train()` must not move BatchNorm statistics."""
@@ -63,6 +71,15 @@ def module_of(teacher: Teacher) -> nn.Module:
             "inside; hand in the network itself"
         )
     return teacher
+
+
+def layers_of(teacher: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    """Names of layers as the user's network has them, as the teacher around it has them."""
+    known = dict(teacher.named_modules())
+    inner = {name: f"module.{name}" for name in names}
+    return tuple(
+        inner[name] if name not in known and inner[name] in known else name for name in names
+    )
 
 
 def check_finite(module: nn.Module) -> None:

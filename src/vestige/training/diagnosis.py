@@ -62,7 +62,8 @@ class Diagnosis:
         self.records: list[RoundRecord] = []
         self._counts: Tensor | None = None
         self._agreed: Tensor | None = None
-        self._seen = 0
+        # Updates with new rows; those that only replay tell no agreement.
+        self._seen: int | Tensor = 0
         self._last_inputs: Inputs | None = None
 
     def observe(self, loss: Loss) -> None:
@@ -82,28 +83,35 @@ class Diagnosis:
         counted = torch.ones_like(answers, dtype=torch.float64)
         if loss.fresh is None:
             self._agreed += same.double().mean()
+            self._seen = self._seen + 1
         else:
             # A product, not a selection: how many rows are left must not be read off the device.
             counted = counted * loss.fresh.view(-1, *(1,) * (answers.dim() - 1))
             self._agreed += (same * counted).sum() / counted.sum().clamp_min(1)
+            self._seen = self._seen + loss.fresh.any()
         self._counts.scatter_add_(0, answers.flatten(), counted.flatten())
-        self._seen += 1
         self._last_inputs = loss.inputs
 
     def end_round(self, student: nn.Module | None) -> RoundRecord | None:
-        """Close the round; returns what was seen, None if no student update offered predictions."""
+        """Close the round; returns what was seen.
+
+        None if no student update offered predictions, or none on new inputs.
+        """
         if self._counts is None or self._agreed is None:
             return None
+        updates = int(self._seen)
+        if not updates:
+            self._forget()
+            return None
         record = RoundRecord(
-            float(self._agreed) / self._seen,
+            float(self._agreed) / updates,
             tuple(int(count) for count in self._counts.tolist()),
             None
             if student is None or self._last_inputs is None
             else train_eval_agreement(student, self._last_inputs),
         )
         self.records.append(record)
-        self._counts = self._agreed = self._last_inputs = None
-        self._seen = 0
+        self._forget()
         return record
 
     def state_dict(self) -> Mapping[str, Any]:
@@ -113,6 +121,9 @@ class Diagnosis:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the records of an earlier part of the run."""
         self.records = [RoundRecord(a, tuple(c), t) for a, c, t in state["records"]]
+        self._forget()
+
+    def _forget(self) -> None:
         self._counts = self._agreed = self._last_inputs = None
         self._seen = 0
 

@@ -24,6 +24,9 @@ class Outcome:
         complete: False if a budget stopped the run.
         moments: inputs at about 8 moments of the run; empty where they cannot be drawn.
         retention: see `Retention.figures`; None where it cannot be told.
+        teacher_gradients: rows of the teachers' answers that carried a graph back to the inputs.
+        images_made: inputs made for the student, see `Made`; None where that cannot be told. What
+            was drawn from real data counts, too.
     """
 
     result: Result
@@ -36,6 +39,8 @@ class Outcome:
     complete: bool = True
     moments: list[Moment] = field(default_factory=list)
     retention: dict[str, float] | None = None
+    teacher_gradients: int = 0
+    images_made: int | None = None
 
     @property
     def network(self) -> nn.Module | None:

@@ -1,14 +1,18 @@
 """The pool of a run: its folder, its picture, and whose it is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
+from vestige.core import seeding
 from vestige.core.protocols import Source
+from vestige.metrics.diversity import measure
 from vestige.sources.pool import Pool
 from vestige.sources.pool_files import save_pool
 from vestige.training.diagnosis import Finding
@@ -16,7 +20,7 @@ from vestige.training.moments import drawable
 from vestige.training.pictures import contact_sheet, save_png
 from vestige.training.summary import RunFacts
 
-_CLASSES, _COLUMNS = 20, 10
+_CLASSES, _COLUMNS, _CHUNK = 20, 10, 1024
 
 
 def pool_of(parts: Mapping[str, Any]) -> Pool | None:
@@ -25,12 +29,42 @@ def pool_of(parts: Mapping[str, Any]) -> Pool | None:
     return found if isinstance(found, Pool) and found.spec is not None and len(found) else None
 
 
-def write_pool(out: Path, pool: Pool, facts: RunFacts, classes: Sequence[str]) -> None:
+def pool_facts(pool: Pool, network: nn.Module | None, seed: int) -> dict[str, Any]:
+    """What is told about a pool: its size, how its inversions ended and how its images differ.
+
+    Args:
+        pool: at least one image.
+        network: judges the images by what enters its last layer; None, or a single image, and
+            nothing is said about how they differ.
+        seed: of the draw of images that are compared one by one.
+    """
+    losses = [loss for loss in pool.losses if loss is not None]
+    known: dict[str, Any] = {
+        "images": len(pool),
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+    }
+    if network is None or len(pool) < 2:
+        return known
+    found = measure(network, _inputs(pool), seeding.generator(seed, "diversity", "cpu"))
+    return {**known, "diversity": asdict(found)}
+
+
+def _inputs(pool: Pool) -> Iterator[Tensor]:
+    for start in range(0, len(pool), _CHUNK):
+        images = pool.between(start, min(start + _CHUNK, len(pool))).float() / 255
+        yield images if pool.spec is None else pool.spec.normalize(images)
+
+
+def write_pool(
+    out: Path, pool: Pool, about: Mapping[str, Any], facts: RunFacts, classes: Sequence[str]
+) -> None:
     """`pool/` of a run folder: images.npy, labels.npy, pool.json and samples.png.
 
     Args:
         out: the run folder.
         pool: at least one image.
+        about: `pool_facts`, for the card.
         facts: of the run; the card tells method, seed and the teacher's fingerprint.
         classes: their names, where they are known.
     """
@@ -51,6 +85,7 @@ def write_pool(out: Path, pool: Pool, facts: RunFacts, classes: Sequence[str]) -
             "classes": list(classes),
             "real_data": [item.name for item in facts.real_data if item.purpose == "distillation"],
             "losses": pool.losses,
+            "diversity": about.get("diversity"),
             "command": facts.command,
             "started": facts.started,
         },

@@ -21,7 +21,8 @@ from vestige.training.watch import Watch
 
 KEPT_STATE = {
     *("identity", "number", "seconds", "context", "parts", "flags", "globals", "diagnosis"),
-    *("scores", "queries", "samples", "moments", "retention", "student_steps", "rows"),
+    *("scores", "queries", "gradients", "samples", "moments", "retention", "made"),
+    *("student_steps", "rows"),
 }
 
 
@@ -105,6 +106,7 @@ class RunState:
             "flags": {name: modes.flags(net) for name, net in networks_of(parts).items()},
             "globals": seeding.global_state(),
             "queries": [getattr(teacher, "queries", 0) for teacher in self._teachers],
+            "gradients": [getattr(teacher, "gradients", 0) for teacher in self._teachers],
             "rows": self._metrics.rows,
             **self._watch.state_dict(),
         }
@@ -113,9 +115,10 @@ class RunState:
 
     def _restore(self, saved: Mapping[str, Any], *, complete: bool) -> None:
         self._restore_parts(saved, complete=complete)
-        for teacher, queries in zip(self._teachers, saved["queries"], strict=True):
-            if hasattr(teacher, "queries"):
-                teacher.queries = queries
+        for count in ("queries", "gradients"):
+            for teacher, rows in zip(self._teachers, saved[count], strict=True):
+                if hasattr(teacher, count):
+                    setattr(teacher, count, rows)
         self._watch.load_state_dict(saved)
         self._ctx.restore(saved["context"], complete=complete)
         # Last, because loading may draw: from here on the run draws what it would have drawn.

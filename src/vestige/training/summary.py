@@ -88,6 +88,11 @@ class RunFacts:
     variant: str = ""
 
 
+# Where a run's result lies in its folder, by kind; a network is the student.
+_STUDENT = "student.safetensors"
+_PATHS = {"pool": "pool"}
+
+
 def write_start(out: Path, facts: RunFacts) -> None:
     """recipe.yaml and run.json, before the first step."""
     out.mkdir(parents=True, exist_ok=True)
@@ -143,6 +148,11 @@ def summarize(
         "seconds": round(outcome.seconds, 2),
         "peak_memory_mib": round(runtime.peak_memory_mib(device), 1),
         "teacher_queries": outcome.teacher_queries,
+        # Rows, not calls, so that methods with batches of other sizes can be compared.
+        "teacher_passes": {
+            "forward": outcome.teacher_queries,
+            "backward": outcome.teacher_gradients,
+        },
         "retention": outcome.retention,
         "real_data": [asdict(item) for item in facts.real_data],
         "seed": facts.seed,
@@ -150,7 +160,7 @@ def summarize(
         "versions": runtime.versions(),
         "result": {
             "kind": outcome.result.kind,
-            "path": None if student is None else "student.safetensors",
+            "path": _PATHS.get(outcome.result.kind, None if student is None else _STUDENT),
         },
         "complete": outcome.complete,
         "diagnosis": notes,

@@ -198,6 +198,8 @@ class Trainer:
             complete=not self.ctx.cut_short,
             moments=self.watch.moments.chosen(),
             retention=retention,
+            teacher_gradients=sum(int(getattr(one, "gradients", 0)) for one in self.teachers),
+            images_made=self.watch.made.count(self.method.parts()),
         )
 
     @contextmanager
@@ -291,9 +293,11 @@ class Trainer:
             return not stop
 
     def _judged(self) -> nn.Module | None:
-        """What the user gets, if it is a network; else the student."""
-        found = self.method.result().object
-        return found if isinstance(found, nn.Module) else self.student
+        """What the user gets, if it is a network; else the student, unless it gets none."""
+        found = self.method.result()
+        if isinstance(found.object, nn.Module):
+            return found.object
+        return None if found.kind == "pool" else self.student
 
     def _evaluate(self) -> None:
         network = None if self.evaluate is None else self._judged()

@@ -10,6 +10,7 @@ from vestige.core.protocols import Progress, Task
 from vestige.core.types import Loss, Step, at_least_float32
 from vestige.errors import NonFiniteLossError
 from vestige.training.diagnosis import Diagnosis, RoundRecord
+from vestige.training.made import Made
 from vestige.training.moments import Moments
 from vestige.training.retention import Retention
 from vestige.training.tracking.metrics import MetricsFile
@@ -28,6 +29,7 @@ class Watch:
         diagnosis: of the student's updates.
         moments: inputs over time.
         retention: what the student still knows of earlier inputs.
+        made: how many inputs were made for the student.
         scores: one entry per evaluation, "step" and the metrics.
         student_steps: number of student updates.
     """
@@ -36,6 +38,7 @@ class Watch:
         self.diagnosis = Diagnosis(task.num_classes)
         self.moments = Moments(task.spec)
         self.retention = Retention()
+        self.made = Made()
         self.scores: list[dict[str, float]] = []
         self.student_steps = 0
         self._samples: list[tuple[Tensor, Tensor]] = []
@@ -56,6 +59,7 @@ class Watch:
         if step.role == "student":
             self.diagnosis.observe(step.loss)
             self.retention.observe(step.loss)
+            self.made.observe(step.loss)
 
     def log(
         self, metrics: MetricsFile, progress: Progress, seconds: float, kept_step: int
@@ -157,6 +161,7 @@ class Watch:
             "samples": self._samples,
             "moments": self.moments.state_dict(),
             "retention": self.retention.state_dict(),
+            "made": self.made.state_dict(),
             "student_steps": self.student_steps,
         }
 
@@ -167,4 +172,5 @@ class Watch:
         self._samples = state["samples"]
         self.moments.load_state_dict(state["moments"])
         self.retention.load_state_dict(state["retention"])
+        self.made.load_state_dict(state["made"])
         self.student_steps = int(state["student_steps"])

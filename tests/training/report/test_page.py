@@ -109,7 +109,8 @@ def _write_run(folder: Path, *, score: float = 0.9312, classes: int = 3, **chang
         "metric": "accuracy", "teacher": {"score": 0.9944, "parameters": 24106},
         "student": {"score": score, "best_score": score + 0.01, "parameters": 3626},
         "arms": {}, "steps": 1800, "seconds": 27.43, "peak_memory_mib": 412.0,
-        "teacher_queries": 115200, "real_data": [EVALUATION], "seed": 0, "device": "cpu",
+        "teacher_queries": 115200, "teacher_passes": {"forward": 115200, "backward": 19200},
+        "images_made": 96000, "real_data": [EVALUATION], "seed": 0, "device": "cpu",
         "versions": {"torch": "2.13.0"}, "result": {"kind": "student", "path": "s.safetensors"},
         "diagnosis": [{"code": "few-classes", "level": "warning",
                        "message": "the inputs cover few classes", "knob": "raise bn_weight"}],
@@ -135,7 +136,8 @@ def _write_run(folder: Path, *, score: float = 0.9312, classes: int = 3, **chang
 def _write_demo(folder: Path) -> Path:
     details = [
         {"name": name, "title": title, "score": score, "gap_closed": gap, "seconds": seconds,
-         "images_made": 100, "real_images_read": read, "data_free": read == 0,
+         "images_made": 9600, "real_images_read": read, "data_free": read == 0,
+         "teacher_passes": {"forward": 11520, "backward": 1920},
          "headline": headline}
         for name, title, score, gap, seconds, read, headline in [
             ("noise", "KD on noise", 0.2811, 0.0, 21.31, 0, False),
@@ -177,6 +179,7 @@ def test_arms_are_shown_with_the_headline_first(tmp_path: Path) -> None:
     exact = {value for value, _ in page.numbers}
     for item in summary["arm_details"]:
         assert {item["score"], item["seconds"], item["real_images_read"]} <= exact
+        assert {item["images_made"], *item["teacher_passes"].values()} <= exact
     assert page.text.index("DFAD with BN-statistics term") < page.text.index("KD on noise")
     assert "Inside DFAD with BN-statistics term" in page.text
     assert "not complete" not in page.text
@@ -184,6 +187,23 @@ def test_arms_are_shown_with_the_headline_first(tmp_path: Path) -> None:
     assert page.text.count("raise bn_weight") == len(summary["arm_details"])
     # Beside it only the strip over time.
     assert sum(tag == "img" for tag, _ in page.tags) == 2
+
+
+def test_methods_that_are_compared_show_their_sheets_side_by_side(tmp_path: Path) -> None:
+    demo = _write_demo(tmp_path / "demo")
+    for index, arm in enumerate(sorted((demo / "arms").iterdir())):
+        save_png(np.full((4, 4, 3), index, np.uint8), arm / "samples.png")
+    apart = _page([demo], tmp_path / "apart.html")
+    assert not any(attributes.get("class") == "gallery" for _, attributes in apart.tags)
+    summary = json.loads((demo / "summary.json").read_text())
+    (demo / "summary.json").write_text(json.dumps({**summary, "note": "2 methods, one teacher."}))
+    page = _page([demo], tmp_path / "report.html")
+    assert "2 methods, one teacher." in page.text
+    assert any(attributes.get("class") == "gallery" for _, attributes in page.tags)
+    uris = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    for arm in (demo / "arms").iterdir():
+        data = base64.b64encode((arm / "samples.png").read_bytes()).decode()
+        assert uris.count(f"data:image/png;base64,{data}") == 1
 
 
 @pytest.mark.parametrize("records", [[TRAINING], ["digits"], [{"name": "x"}]])
@@ -556,11 +576,13 @@ def test_terminal_tables_hold_the_same_numbers(tmp_path: Path) -> None:
     demo = _write_demo(tmp_path / "demo")
     summary = json.loads((demo / "summary.json").read_text())
     text = _printed(arms_table(summary))
-    for needed in ("96.8 %", "96.3 %", "27.4", "1,437", "teacher 99.4 %, 24.1k parameters"):
+    for needed in ("96.8 %", "96.3 %", "27.4", "1,437", "teacher 99.4 %, 24.1k parameters",
+                   "11,520 + 1,920", "9,600"):  # fmt: skip
         assert needed in text
     assert [row.name for row in arm_rows(summary)] == ["noise", "dfad-bn", "real"]
     single = _printed(result_table(summary))
-    assert "115,200" in single and "digits/train" in single and "3.6k" in single
+    for needed in ("115,200", "19,200", "96,000", "digits/train", "3.6k"):
+        assert needed in single
 
 
 def test_terminal_tables_take_names_literally_and_an_empty_summary() -> None:

@@ -117,6 +117,7 @@ def _row(run: RunFolder, name: str, index: int, reasons: Sequence[str]) -> dict[
     read = headline.real_images_read if headline else images_read(run)
     gap = headline.gap_closed if headline else math.nan
     made, queries = number(summary.get("images_made")), number(summary.get("teacher_queries"))
+    back = number(mapping(summary.get("teacher_passes")).get("backward"))
     agreement = agreement_of(run.headline if run.headline.evaluation else run)
     plugins = [str(plugin) for plugin in sequence(summary.get("plugins"))]
     bar = charts.bar(score, title=name, reference=score_of(run, "teacher"), strong=not reasons)
@@ -140,6 +141,7 @@ def _row(run: RunFolder, name: str, index: int, reasons: Sequence[str]) -> dict[
             number(summary.get("steps")), tables.format_count(number(summary.get("steps")))
         ),
         "queries": exact(queries, tables.format_count(queries)),
+        "back": exact(back, tables.format_count(back)),
         "made": exact(made, tables.format_count(made)),
         "seconds": exact(seconds, tables.format_seconds(seconds)),
         "real": exact(read, tables.format_count(read)),

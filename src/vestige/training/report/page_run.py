@@ -65,6 +65,7 @@ def run_view(run: RunFolder, *, name: str, anchor: str) -> dict[str, Any]:
         "arms": [_arm_view(row, run, metric) for row in rows],
         "teacher": exact(teacher, tables.format_score(teacher, metric)),
         "sheets": _sheets(run, chosen, parts),
+        "gallery": _gallery(run, parts),
         "over_time": _over_time(run, chosen),
         "curves": [
             made
@@ -207,6 +208,9 @@ def _arm_view(row: ArmRow, run: RunFolder, metric: str) -> dict[str, Any]:
         ),
         "gap_closed": exact(row.gap_closed, tables.format_share(row.gap_closed)),
         "seconds": exact(row.seconds, tables.format_seconds(row.seconds)),
+        "asked": exact(row.asked, tables.format_count(row.asked)),
+        "asked_back": exact(row.asked_back, tables.format_count(row.asked_back)),
+        "made": exact(row.images_made, tables.format_count(row.images_made)),
         "real": exact(row.real_images_read, tables.format_count(row.real_images_read)),
     }
 
@@ -218,6 +222,14 @@ def _sheets(
     first = run.samples or chosen.samples
     found = [("", first)] if first else []
     found += [(title, arm.samples) for title, arm in parts if arm.samples and arm.samples != first]
+    return [{"title": title, "uri": picture(data)} for title, data in found if data]
+
+
+def _gallery(run: RunFolder, parts: Sequence[tuple[str, RunFolder]]) -> list[dict[str, str]]:
+    """The pictures of all arms, each with its name; only of methods that are compared."""
+    found = [(title, arm.samples) for title, arm in parts if title and arm.samples]
+    if not run.summary.get("note") or len(found) < 2:
+        return []
     return [{"title": title, "uri": picture(data)} for title, data in found if data]
 
 

@@ -18,7 +18,10 @@ UNKNOWN = "–"
 
 @dataclass(frozen=True)
 class ArmRow:
-    """One arm of a run; NaN and None stand for what was not recorded."""
+    """One arm of a run; NaN and None stand for what was not recorded.
+
+    `asked` are rows through the teacher, `asked_back` those of them that went back to its inputs.
+    """
 
     name: str
     title: str
@@ -29,6 +32,13 @@ class ArmRow:
     real_images_read: float
     data_free: bool | None
     headline: bool
+    asked: float = math.nan
+    asked_back: float = math.nan
+
+    @property
+    def passes(self) -> str:
+        """Rows through the teacher, forward + backward to its inputs, as people read them."""
+        return format_passes(self.asked, self.asked_back)
 
 
 def arm_rows(summary: Mapping[str, Any]) -> list[ArmRow]:
@@ -41,6 +51,7 @@ def arm_rows(summary: Mapping[str, Any]) -> list[ArmRow]:
         item = known.get(name, {})
         score = number(item.get("score"))
         free = item.get("data_free")
+        passes = mapping(item.get("teacher_passes"))
         rows.append(
             ArmRow(
                 name=name,
@@ -52,20 +63,24 @@ def arm_rows(summary: Mapping[str, Any]) -> list[ArmRow]:
                 real_images_read=number(item.get("real_images_read")),
                 data_free=free if isinstance(free, bool) else None,
                 headline=item.get("headline") is True,
+                asked=number(passes.get("forward")),
+                asked_back=number(passes.get("backward")),
             )
         )
     return rows
 
 
 def arms_table(summary: Mapping[str, Any]) -> "Table":
-    """One line per arm: score, gap closed, seconds, real images read; the headline arm in bold."""
+    """One line per arm, the headline arm in bold: the score and what it cost."""
     from rich.table import Table
     from rich.text import Text
 
     metric = str(summary.get("metric") or "score")
     table = Table(caption=_teacher_line(summary))
     table.add_column("arm", overflow="fold")
-    for heading in (metric, "gap closed", "seconds", "real images read"):
+    for heading in (
+        *(metric, "gap closed", "seconds", "teacher passes", "images made", "real images read"),
+    ):
         table.add_column(heading, justify="right")
     for row in arm_rows(summary):
         # Text, not str: names may hold square brackets, which rich reads as mark-up.
@@ -74,6 +89,8 @@ def arms_table(summary: Mapping[str, Any]) -> "Table":
             format_score(row.score, metric),
             format_share(row.gap_closed),
             format_seconds(row.seconds),
+            row.passes,
+            format_count(row.images_made),
             format_count(row.real_images_read),
             style="bold" if row.headline else None,
         )
@@ -105,7 +122,7 @@ def result_figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     teacher, student = mapping(summary.get("teacher")), mapping(summary.get("student"))
     plugins = [str(plugin) for plugin in sequence(summary.get("plugins"))]
     memory = number(summary.get("peak_memory_mib"))
-    result = mapping(summary.get("result"))
+    result, passes = mapping(summary.get("result")), mapping(summary.get("teacher_passes"))
     figures = [
         ("method", " + ".join([method_name(summary), *plugins])),
         (f"student {metric}, last step", format_score(number(student.get("score")), metric)),
@@ -117,6 +134,8 @@ def result_figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("seconds", format_seconds(number(summary.get("seconds")))),
         ("peak memory", UNKNOWN if math.isnan(memory) else f"{memory:,.0f} MiB"),
         ("teacher queries", format_count(number(summary.get("teacher_queries")))),
+        ("of them back to the inputs", format_count(number(passes.get("backward")))),
+        ("images made", format_count(number(summary.get("images_made")))),
         ("result", str(result.get("path") or UNKNOWN)),
     ]
     if isinstance(summary.get("real_data"), list):
@@ -157,6 +176,12 @@ def format_share(value: float) -> str:
 def format_count(value: float) -> str:
     """A whole number with thousands separated."""
     return f"{value:,.0f}" if math.isfinite(value) else UNKNOWN
+
+
+def format_passes(forward: float, backward: float) -> str:
+    """Rows forward through the teacher, and back to its inputs: 1,200 + 240; 1,200 where none."""
+    there, back = format_count(forward), format_count(backward)
+    return f"{there} + {back}" if backward > 0 else there
 
 
 def format_size(value: float) -> str:
