@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from vestige.core import parallel
 from vestige.core.functional import functional
 from vestige.errors import RecipeError
+from vestige.losses.prior import total_variation
 
 # Rounding of float64 over a few layers; a wrong term is off by many orders of magnitude more.
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -46,6 +47,8 @@ TERMS = {
     "rows": lambda x: pairwise(parallel.batch_rows(x)),
     "uneven rows": lambda x: pairwise(parallel.batch_rows(x[x[:, 0, 0] > 4])),
     "no row of one process": lambda x: parallel.batch_rows(x[:0]).sum() + x.sum() * 0,
+    "total variation": lambda x: total_variation(x[:, None]).square(),
+    "total variation of one form": lambda x: total_variation(x[:, None], form="l1").square(),
     "batch norm": lambda x: cubes(F.batch_norm(x, None, None, training=True)),
     "native batch norm": lambda x: cubes(
         torch.batch_norm(x, None, None, None, None, True, 0.1, 1e-5, False)

@@ -1,11 +1,18 @@
+import inspect
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from vestige.errors import RecipeError
-from vestige.losses.adversarial import disagreement_loss, log_form
+from vestige.errors import RecipeError, ShapeError
+from vestige.losses.adversarial import (
+    decision_aware_disagreement,
+    disagreement_loss,
+    js_disagreement,
+    log_form,
+)
 from vestige.losses.distill import kl_divergence, l1_logits
 
 
@@ -80,3 +87,140 @@ def test_kinds_are_those_of_distillation_and_others_are_refused(nets):
     assert torch.equal(disagreement_loss(s, t, kind="kl"), kl_divergence(s, t))
     with pytest.raises(RecipeError, match=r"got .*'js'.*expected 'l1' or 'kl'"):
         disagreement_loss(s, t, kind="js")
+
+
+def logits(*shape: int, seed: int = 0) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    return 3 * torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+
+def test_where_both_name_the_same_class_it_is_the_kl_divergence_else_nothing():
+    student, teacher = logits(40, 3), logits(40, 3, seed=1)
+    agree = student.argmax(1) == teacher.argmax(1)
+    assert 5 < agree.sum() < 35
+    found = decision_aware_disagreement(student, teacher)
+    torch.testing.assert_close(found[agree], kl_divergence(student, teacher)[agree])
+    assert (found[agree] > 0).all()
+    assert not found[~agree].any()
+
+
+def test_a_perfect_student_has_no_decision_aware_disagreement(nets):
+    _, teacher, inputs = nets
+    loss = decision_aware_disagreement(teacher(inputs), teacher(inputs))
+    (gradient,) = torch.autograd.grad(loss.sum(), inputs)
+    # Rounding of softmax in float64.
+    assert loss.abs().max() < 1e-14
+    assert gradient.abs().max() < 1e-14
+
+
+def test_a_student_that_differs_everywhere_is_left_alone():
+    teacher = logits(9, 4).requires_grad_()
+    # The opposite order: the class that leads is another one.
+    student = (-teacher.detach()).requires_grad_()
+    loss = decision_aware_disagreement(student, teacher)
+    loss.sum().backward()
+    assert not loss.any()
+    assert not student.grad.any()
+    assert not teacher.grad.any()
+
+
+def test_agreed_inputs_are_moved_through_both_networks(nets):
+    student, teacher, inputs = nets
+    s, t = student(inputs), teacher(inputs)
+    agree = s.argmax(1) == t.argmax(1)
+    assert agree.any()
+    assert not agree.all()
+
+    def gradient(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        loss = decision_aware_disagreement(s, t).sum()
+        return torch.autograd.grad(loss, inputs, retain_graph=True)[0]
+
+    both, first, second = gradient(s, t), gradient(s.detach(), t), gradient(s, t.detach())
+    torch.testing.assert_close(both, first + second)
+    for part in (first, second):
+        assert part[agree].abs().amax(1).min() > 1e-6
+        assert not part[~agree].any()
+
+
+def slow_js(student: np.ndarray, teacher: np.ndarray, temperature: float) -> float:
+    """One row, in the order of DeepInversion's code: mix, then clamp, then KL(M || .)."""
+    p, q = (np.exp(row / temperature) for row in (student, teacher))
+    p, q = p / p.sum(), q / q.sum()
+    m = 0.5 * (p + q)
+    p, q, m = (np.clip(probs, 0.01, 0.99) for probs in (p, q, m))
+    total = 0.0
+    for a, b, c in zip(p, q, m, strict=True):
+        total += 0.5 * c * math.log(c / a) + 0.5 * c * math.log(c / b)
+    return total
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
+def test_js_agrees_with_its_loop(temperature):
+    student, teacher = logits(8, 6), logits(8, 6, seed=1)
+    slow = [
+        slow_js(s, t, temperature) for s, t in zip(student.numpy(), teacher.numpy(), strict=True)
+    ]
+    found = js_disagreement(student, teacher, temperature=temperature)
+    np.testing.assert_allclose(found.numpy(), slow, rtol=1e-10, atol=1e-14)
+    element = js_disagreement(student, teacher, temperature=temperature, reduction="element")
+    torch.testing.assert_close(element * 6, found)
+
+
+def test_js_has_its_arguments_in_the_reverse_order():
+    # P = (0.8, 0.2), Q = (0.2, 0.8): here log(0.5 / 0.4), while the textbook has 0.193.
+    student = 3 * torch.tensor([[0.8, 0.2]]).double().log()
+    teacher = 3 * torch.tensor([[0.2, 0.8]]).double().log()
+    assert js_disagreement(student, teacher).item() == pytest.approx(math.log(1.25), rel=1e-7)
+    # Of two sure answers, clamped: above 1, so that callers clamp it.
+    far = js_disagreement(1e3 * student, 1e3 * teacher).item()
+    assert far == pytest.approx(math.log(0.5) - math.log(0.0099) / 2, rel=1e-7)
+    assert far > 1
+
+
+@pytest.mark.parametrize("reduction", ["batch", "element"])
+def test_js_is_symmetric_and_zero_with_no_gradient_for_equal_logits(reduction):
+    student, teacher = logits(5, 4).requires_grad_(), logits(5, 4, seed=1)
+    torch.testing.assert_close(
+        js_disagreement(student, teacher, reduction=reduction),
+        js_disagreement(teacher, student, reduction=reduction),
+    )
+    same = js_disagreement(student, student.detach() + 2, reduction=reduction)
+    same.sum().backward()
+    assert same.abs().max() < 1e-14
+    assert student.grad.abs().max() < 1e-14
+
+
+def test_js_has_the_gradient_of_its_value_on_both_sides():
+    student, teacher = (0.5 * logits(3, 4, seed=seed) for seed in (0, 1))
+    student.requires_grad_()
+    teacher.requires_grad_()
+    # No probability is clamped at temperature 3, where finite differences would see a kink.
+    assert (student / 3).softmax(1).min() > 0.02
+    assert torch.autograd.gradcheck(js_disagreement, (student, teacher))
+    js_disagreement(student, teacher).sum().backward()
+    assert student.grad.abs().min() > 0
+    assert teacher.grad.abs().min() > 0
+
+
+def test_js_sees_nothing_of_many_classes_that_are_all_improbable():
+    student, teacher = (0.1 * logits(2, 300, seed=seed) for seed in (0, 1))
+    student.requires_grad_()
+    loss = js_disagreement(student, teacher)
+    loss.sum().backward()
+    assert (student / 3).softmax(1).max() < 0.01
+    # Logarithms of the same 0.01 cancel up to rounding.
+    assert loss.abs().max() < 1e-12
+    assert not student.grad.any()
+
+
+def test_js_does_not_broadcast():
+    # Unwrapped, because the run-time type check of the test run would speak first.
+    with pytest.raises(ShapeError, match=r"got .*\(4, 3\).*\(4, 1\), expected .*check"):
+        inspect.unwrap(js_disagreement)(torch.zeros(4, 3), torch.zeros(4, 1))
+
+
+def test_js_refuses_what_it_does_not_know():
+    with pytest.raises(RecipeError, match="got reduction 'mean', expected 'batch' or 'element'"):
+        js_disagreement(logits(2, 3), logits(2, 3), reduction="mean")
+    with pytest.raises(RecipeError, match="got temperature 0"):
+        js_disagreement(logits(2, 3), logits(2, 3), temperature=0.0)

@@ -1,11 +1,17 @@
+import inspect
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from vestige.errors import RecipeError
-from vestige.losses.prior import activation_loss, class_balance_loss, one_hot_loss
+from vestige.errors import RecipeError, ShapeError
+from vestige.losses.prior import (
+    activation_loss,
+    class_balance_loss,
+    one_hot_loss,
+    total_variation,
+)
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -95,3 +101,81 @@ def test_gradients_are_those_of_the_value(loss):
 def test_a_base_that_is_no_base_is_refused():
     with pytest.raises(RecipeError, match="got base 1"):
         class_balance_loss(draw(2, 3), base=1.0)
+
+
+def test_one_hot_of_given_labels_is_their_negative_log_probability():
+    logits, labels = draw(6, 5), torch.tensor([0, 4, 2, 2, 1, 3])
+    slow = [-math.log(softmax(row)[k]) for row, k in zip(logits.numpy(), labels, strict=True)]
+    np.testing.assert_allclose(one_hot_loss(logits, labels).numpy(), slow, rtol=1e-12)
+    assert torch.equal(one_hot_loss(logits, logits.argmax(1)), one_hot_loss(logits))
+
+
+def test_total_variation_of_four_pixels_by_hand():
+    image = torch.tensor([[[[1.0, 4.0], [5.0, 7.0]]]])
+    # Differences: right -3 and -2, down -4 and -3, to the lower right -6, to the upper right 1.
+    assert total_variation(image, form="l1").item() == pytest.approx(2.5 + 3.5 + 6 + 1)
+    norms = math.sqrt(13) + math.sqrt(25) + 6 + 1
+    assert total_variation(image).item() == pytest.approx(norms)
+
+
+def slow_variation(images: np.ndarray, form: str) -> float:
+    """Pixel by pixel: to the right, below, to the lower right and to the upper right."""
+    height, width = images.shape[2:]
+    total = 0.0
+    for down, right in ((0, 1), (1, 0), (1, 1), (-1, 1)):
+        found = [
+            image[:, y, x] - image[:, y + down, x + right]
+            for image in images
+            for y in range(height)
+            for x in range(width)
+            if 0 <= y + down < height and 0 <= x + right < width
+        ]
+        total += np.abs(found).mean() if form == "l1" else np.sqrt(np.square(found).sum())
+    return total
+
+
+@pytest.mark.parametrize("form", ["l1", "l2"])
+def test_total_variation_agrees_with_its_loop(form):
+    images = draw(3, 2, 4, 5)
+    slow = slow_variation(images.numpy(), form)
+    assert total_variation(images, form=form).item() == pytest.approx(slow, rel=1e-12)
+
+
+def test_one_form_of_total_variation_grows_with_the_batch_and_the_other_does_not():
+    images = draw(2, 1, 3, 3)
+    four = images.repeat(4, 1, 1, 1)
+    l1, l2 = (total_variation(images, form=form) for form in ("l1", "l2"))
+    torch.testing.assert_close(total_variation(four, form="l1"), l1)
+    torch.testing.assert_close(total_variation(four, form="l2"), 2 * l2)
+
+
+@pytest.mark.parametrize("form", ["l1", "l2"])
+def test_images_of_one_colour_have_no_variation_and_no_gradient(form):
+    images = (
+        torch.ones(2, 3, 4, 4) * torch.tensor([0.1, 0.5, 0.9])[:, None, None]
+    ).requires_grad_()
+    loss = total_variation(images, form=form)
+    loss.backward()
+    assert loss == 0
+    assert not images.grad.any()
+
+
+@pytest.mark.parametrize("form", ["l1", "l2"])
+def test_total_variation_has_the_gradient_of_its_value_and_an_even_image_in_between(form):
+    images = draw(3, 1, 3, 3)
+    assert torch.autograd.gradcheck(
+        lambda values: total_variation(values, form=form), (images.requires_grad_(),)
+    )
+    flat = torch.cat([images.detach(), torch.zeros(1, 1, 3, 3).double()]).requires_grad_()
+    total_variation(flat, form=form).backward()
+    assert flat.grad[:3].abs().sum() > 0
+    assert not flat.grad[3].any()
+
+
+def test_images_without_neighbours_and_unknown_forms_are_refused():
+    for shape in ((2, 1, 1, 5), (2, 1, 5, 1), (2, 5, 5)):
+        # Unwrapped, because the run-time type check of the test run would speak first.
+        with pytest.raises(ShapeError, match=r"expected .* at least 2 x 2 pixels"):
+            inspect.unwrap(total_variation)(torch.zeros(shape))
+    with pytest.raises(RecipeError, match="got form 'tv', expected 'l1' or 'l2'"):
+        total_variation(torch.zeros(1, 1, 2, 2), form="tv")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vestige.errors import RecipeError, ShapeError
-from vestige.losses.statistics import Stats, bn_statistics_loss
+from vestige.losses.statistics import Stats, bn_statistics_loss, smoothed
 
 
 def draw(*channels: int, seed: int) -> list[Stats]:
@@ -124,3 +124,47 @@ def test_mismatches_name_the_layer():
 def test_an_unknown_norm_is_refused():
     with pytest.raises(RecipeError, match=r"got norm 'l1'.*'l2', 'mse' or 'relative'"):
         bn_statistics_loss(draw(3, seed=0), draw(3, seed=1), norm="l1")
+
+
+def test_smoothing_over_batches_is_an_exponential_mean():
+    batches = [draw(3, 5, seed=seed) for seed in range(4)]
+    earlier = None
+    for batch in batches:
+        earlier = smoothed(batch, earlier, 0.7)
+    for layer in range(2):
+        for part in range(2):
+            values = [batch[layer][part] for batch in batches]
+            # The first batch stands for itself and for all before.
+            slow = 0.7**3 * values[0]
+            slow = slow + 0.3 * sum(0.7 ** (3 - age) * values[age] for age in (1, 2, 3))
+            torch.testing.assert_close(earlier[layer][part], slow)
+
+
+def test_smoothing_has_no_effect_before_there_is_a_mean_or_without_momentum():
+    observed, earlier = draw(3, 5, seed=0), draw(3, 5, seed=1)
+    for found in (smoothed(observed, None, 0.9), smoothed(observed, earlier, 0.0)):
+        assert isinstance(found, tuple)
+        for seen, same in zip(observed, found, strict=True):
+            assert torch.equal(seen.mean, same.mean)
+            assert torch.equal(seen.var, same.var)
+
+
+def test_smoothing_lets_the_share_of_the_batch_of_the_gradient_through():
+    observed, earlier = (
+        [Stats(*(value.requires_grad_() for value in pair)) for pair in draw(3, seed=seed)]
+        for seed in (0, 1)
+    )
+    (mixed,) = smoothed(observed, earlier, 0.75)
+    (mixed.mean.sum() + 2 * mixed.var.sum()).backward()
+    torch.testing.assert_close(observed[0].mean.grad, torch.full((3,), 0.25).double())
+    torch.testing.assert_close(observed[0].var.grad, torch.full((3,), 0.5).double())
+    assert earlier[0].mean.grad is None
+    assert earlier[0].var.grad is None
+
+
+def test_smoothing_refuses_what_does_not_fit():
+    for momentum in (1.0, -0.1, math.nan):
+        with pytest.raises(RecipeError, match=r"got momentum .*in \[0, 1\)"):
+            smoothed(draw(3, seed=0), draw(3, seed=1), momentum)
+    with pytest.raises(ShapeError, match="got statistics of 1 observed and 2 earlier layers"):
+        smoothed(draw(3, seed=0), draw(3, 4, seed=1), 0.9)
