@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vestige.errors import RecipeError, ShapeError
-from vestige.losses.statistics import Stats, bn_statistics_loss, smoothed
+from vestige.losses.statistics import Smoothing, Stats, bn_statistics_loss, smoothed
 
 
 def draw(*channels: int, seed: int) -> list[Stats]:
@@ -168,3 +168,29 @@ def test_smoothing_refuses_what_does_not_fit():
             smoothed(draw(3, seed=0), draw(3, seed=1), momentum)
     with pytest.raises(ShapeError, match="got statistics of 1 observed and 2 earlier layers"):
         smoothed(draw(3, seed=0), draw(3, 4, seed=1), 0.9)
+
+
+def test_statistics_of_earlier_batches_fade():
+    smoothing = Smoothing(0.9)
+    for value in (1.0, 2.0):
+        smoothing.mixed((Stats(torch.tensor([7.0]), torch.tensor([7.0])),))  # an earlier iteration
+        smoothing.mixed((Stats(torch.tensor([value]), torch.tensor([value])),))
+        smoothing.update()
+    assert smoothing.earlier is not None
+    torch.testing.assert_close(smoothing.earlier[0].mean, torch.tensor([0.9 * 1.0 + 0.1 * 2.0]))
+    copied = Smoothing(0.9)
+    copied.load_state_dict(smoothing.state_dict())
+    assert copied.earlier is not None
+    assert torch.equal(copied.earlier[0].var, smoothing.earlier[0].var)
+
+
+def test_statistics_that_are_mixed_have_a_gradient_and_keep_none():
+    smoothing = Smoothing(0.5)
+    smoothing.mixed((Stats(torch.zeros(1), torch.ones(1)),))
+    smoothing.update()
+    mean = torch.ones(1, requires_grad=True)
+    mixed = smoothing.mixed((Stats(mean, torch.ones(1)),))
+    assert torch.autograd.grad(mixed[0].mean.sum(), mean)[0].item() == 0.5
+    smoothing.update()
+    assert smoothing.earlier is not None
+    assert not smoothing.earlier[0].mean.requires_grad

@@ -33,7 +33,7 @@ def info_nce(
         ShapeError: widths differ, or there are fewer keys than queries.
     """
     if not temperature > 0:
-        raise RecipeError(f"got temperature {temperature}, expected a value above 0; 0.1 is CMI's")
+        raise RecipeError(f"got temperature {temperature}, expected a value above 0; 0.1 is usual")
     if queries.dim() != 2 or keys.dim() != 2 or queries.shape[1] != keys.shape[1]:
         raise ShapeError(
             f"got queries {tuple(queries.shape)} and keys {tuple(keys.shape)}, expected (B, d) and "

@@ -50,9 +50,7 @@ def class_balance_loss(
         RecipeError: `base` is not above 1.
     """
     if not base > 1:
-        raise RecipeError(
-            f"got base {base}, expected a value above 1; use 10 for DAFL's code, e otherwise"
-        )
+        raise RecipeError(f"got base {base}, expected a value above 1; 10 and e are usual")
     log_probs = F.log_softmax(logits, 1).movedim(1, -1).flatten(0, -2)
     # In log space: p log p through softmax has a NaN gradient once a class underflows to 0.
     log_mean = parallel.batch_log_mean_exp(log_probs)

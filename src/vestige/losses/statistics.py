@@ -1,7 +1,7 @@
 """Distance between the statistics that inputs cause and those a teacher has stored."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -50,8 +50,7 @@ def bn_statistics_loss(
     """
     if norm not in ("l2", "mse", "relative"):
         raise RecipeError(
-            f"got norm {norm!r}, expected 'l2', 'mse' or 'relative'; DeepInversion and DataFree "
-            "use 'l2'"
+            f"got norm {norm!r}, expected 'l2', 'mse' or 'relative'; 'l2' is the published one"
         )
     if not observed or len(observed) != len(stored):
         raise ShapeError(
@@ -113,6 +112,43 @@ def smoothed(
         )
         for seen, before in zip(observed, earlier, strict=True)
     )
+
+
+class Smoothing:
+    """An exponential mean over batches of the statistics that they caused, see `smoothed`.
+
+    Attributes:
+        earlier: of the batches before, without gradient; None before the first.
+    """
+
+    def __init__(self, momentum: float) -> None:
+        """Starts without any batch.
+
+        Args:
+            momentum: share of earlier batches, in [0, 1); 0.9 is usual.
+        """
+        self.momentum = momentum
+        self.earlier: tuple[Stats, ...] | None = None
+        self._latest: tuple[Stats, ...] | None = None
+
+    def mixed(self, observed: Sequence[Stats]) -> tuple[Stats, ...]:
+        """`observed`, with gradient, mixed with earlier batches; remembered for `update`."""
+        mixed = smoothed(observed, self.earlier, self.momentum)
+        self._latest = tuple(Stats(mean.detach(), var.detach()) for mean, var in mixed)
+        return mixed
+
+    def update(self) -> None:
+        """Take in what was mixed last; call it once per batch, not once per iteration."""
+        self.earlier, self._latest = self._latest or self.earlier, None
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Means and variances of the layers."""
+        return {"earlier": None if self.earlier is None else [list(pair) for pair in self.earlier]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        kept = state["earlier"]
+        self.earlier = None if kept is None else tuple(Stats(*pair) for pair in kept)
 
 
 def _relative(seen: Stats, kept: Stats) -> Tensor:

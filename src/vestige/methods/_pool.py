@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vestige.core import optim, schedules
+from vestige.core import modes, optim, schedules
 from vestige.core.protocols import Context, Source, Teacher
-from vestige.core.types import Batch, InputSpec, Loss, Step, predict
+from vestige.core.types import Batch, InputSpec, Loss, Prediction, Step, predict
 from vestige.errors import ContractError, RecipeError
+from vestige.losses.adversarial import decision_aware_disagreement
 from vestige.losses.distill import kl_divergence
+from vestige.models.factory import build_generator
 from vestige.sources.augment import crop_and_flip
 from vestige.sources.pool_mix import PoolMix
 
@@ -32,6 +34,54 @@ def check_pool(rounds: int, warmup: int, batches_per_round: int, earlier: Source
             "got warmup 0, batches_per_round 0 and no source 'pool', so the pool is empty when the "
             "student asks; expected images from one of them"
         )
+
+
+def make_generator(cfg: Any, spec: InputSpec) -> nn.Module:
+    """The generator that `cfg` names, of images in [0, 1]."""
+    return build_generator(
+        cfg.generator, spec, latent_dim=cfg.latent_dim, width=cfg.generator_width, head="sigmoid"
+    )
+
+
+def draw_targets(ctx: Context, count: int, classes: int, width: int) -> tuple[Tensor, nn.Parameter]:
+    """Wanted classes (count,), uniform, and noise (count, width), normal, to be learned."""
+    labels = torch.randint(classes, (count,), generator=ctx.rng, device=ctx.device)
+    latent = torch.randn(count, width, generator=ctx.rng, device=ctx.device)
+    return labels, nn.Parameter(latent)
+
+
+def hardness(
+    student: nn.Module, view: Tensor, teacher: Prediction, batch: Batch
+) -> tuple[Prediction, Tensor]:
+    """What the student in eval mode says of a view, and how far it is off where both agree."""
+    with modes.evaluating(student):
+        answer = predict(student, view)
+    return answer, batch.mean(decision_aware_disagreement(answer.logits, teacher.logits))
+
+
+def passes_of(
+    cfg: Any, *, inversions: int, views: int = 1, generator: bool = True
+) -> dict[str, float]:
+    """Passes of each network per round of the student's loop.
+
+    Args:
+        cfg: with `student_steps` and `adversarial_weight`.
+        inversions: optimisation steps of the images per round.
+        views: passes of the teacher in each.
+        generator: whether a generator makes the images.
+    """
+    hard, k = inversions if cfg.adversarial_weight else 0, cfg.student_steps
+    made = inversions if generator else 0
+    passes = {
+        **dict.fromkeys(("generator_forward", "generator_backward", "generator_step"), made),
+        "teacher_forward": views * inversions + k,
+        "teacher_backward_to_input": views * inversions,
+        "student_forward": hard + k,
+        "student_backward_to_input": hard,
+        "student_backward": k,
+        "student_step": k,
+    }
+    return {name: float(count) for name, count in passes.items() if count}
 
 
 class Imitation:

@@ -40,17 +40,14 @@ from torch.optim import Optimizer
 
 from vestige.core import modes, optim, parallel, schedules
 from vestige.core.protocols import Context, Sharded, Source, Stateful, Task, Teacher
-from vestige.core.types import Batch, InputSpec, Loss, Requires, Result, Step, predict
-from vestige.losses.adversarial import decision_aware_disagreement
+from vestige.core.types import Batch, Loss, Requires, Result, Step, predict
 from vestige.losses.contrastive import info_nce
 from vestige.losses.prior import one_hot_loss
 from vestige.losses.statistics import bn_statistics_loss
-from vestige.methods import _untuned
-from vestige.methods._pool import Best, Imitation, check_pool
-from vestige.models.factory import build_generator
+from vestige.methods import _pool, _untuned
 from vestige.models.generators import reinitialize
 from vestige.models.heads import ProjectionHead
-from vestige.models.probes import BatchNormProbe, FeatureProbe, batchnorm_layers, spatial_layers
+from vestige.models.probes import BatchNormProbe, instance_features
 from vestige.sources.augment import crop_resize, draw_boxes, draw_shifts, shift
 from vestige.sources.memory_bank import MemoryBank
 from vestige.sources.pool import Pool
@@ -160,31 +157,26 @@ class CMI:
         student: nn.Module,
         sources: Mapping[str, Source],
     ) -> None:
-        check_pool(cfg.rounds, cfg.warmup, cfg.batches_per_round, sources.get("pool"))
+        _pool.check_pool(cfg.rounds, cfg.warmup, cfg.batches_per_round, sources.get("pool"))
         self.cfg = cfg
         self.spec = task.spec
+        self.size = (task.spec.shape[1], task.spec.shape[2])
         self.num_classes = task.num_classes
         self.teacher = teachers[0]
         self.student = student
-        self.generator = build_generator(
-            cfg.generator,
-            task.spec,
-            latent_dim=cfg.latent_dim,
-            width=cfg.generator_width,
-            head="sigmoid",
-        )
+        self.generator = _pool.make_generator(cfg, task.spec)
         self.pool = Pool(task.spec, device=next(student.parameters()).device)
         pools = PoolMix(self.pool, sources.get("pool"))
-        self.imitation = Imitation(cfg, self.teacher, student, pools, task.spec)
+        self.imitation = _pool.Imitation(cfg, self.teacher, student, pools, task.spec)
         network = module_of(self.teacher)
         self.statistics = BatchNormProbe(network) if cfg.bn_weight else None
         self.adversarial_weight = 0.0
+        self.features = self.negatives = torch.empty(0)
         if cfg.contrast_weight:
-            self.probe, width = feature_probe(network, cfg.feature_layers, task.spec)
+            layers = layers_of(network, cfg.feature_layers)
+            self.probe, width = instance_features(network, task.spec.shape, layers)
             self.head = ProjectionHead(width, cfg.head_dim)
             self.bank = MemoryBank(cfg.bank_size, 2 * width)
-            self.features = torch.empty(0, 2 * width)
-            self.negatives = self.features
 
     @classmethod
     def suggest(
@@ -229,10 +221,7 @@ class CMI:
     ) -> Iterator[Step]:
         """One batch of images for the pool."""
         cfg, count = self.cfg, self.cfg.synthesis_batch_size
-        labels = torch.randint(self.num_classes, (count,), generator=ctx.rng, device=ctx.device)
-        latent = nn.Parameter(
-            torch.randn(count, cfg.latent_dim, generator=ctx.rng, device=ctx.device)
-        )
+        labels, latent = _pool.draw_targets(ctx, count, self.num_classes, cfg.latent_dim)
         reinitialize(self.generator, ctx.rng)
         optimizer = ctx.optimizer(
             "generator",
@@ -241,24 +230,16 @@ class CMI:
             fresh=True,
         )
         self.adversarial_weight = adversarial_weight
-        best = Best()
+        best = _pool.Best()
         for _ in range(cfg.inversion_steps):
             views = {"shifts": draw_shifts(count, cfg.crop_padding, ctx.rng, flip=cfg.flip)}
-            kept = {}
             if self.contrasts:
-                views["boxes"] = draw_boxes(
-                    count,
-                    (self.spec.shape[1], self.spec.shape[2]),
-                    ctx.rng,
-                    scale=(cfg.local_scale, 1.0),
-                    flip=cfg.flip,
-                )
+                scale = (cfg.local_scale, 1.0)
+                views["boxes"] = draw_boxes(count, self.size, ctx.rng, scale=scale, flip=cfg.flip)
                 self.negatives = self.bank.draw(cfg.negatives, ctx.rng)
             batch = Batch(labels=labels, latent=latent, extra=views)
             step = ctx.update("source", self.generator, self.inversion, batch, optimizer, *heads)
-            if self.contrasts:
-                kept["features"] = self.features
-            best.keep(step, **kept)
+            best.keep(step, features=self.features)
             yield step
         self.pool.add(best.kept["inputs"], labels, loss=best.loss)
         if self.contrasts:
@@ -281,10 +262,8 @@ class CMI:
             total = total + cfg.bn_weight * terms["bn_statistics"]
         answer = None
         if self.adversarial_weight:
-            with modes.evaluating(self.student):
-                answer = predict(self.student, view)
-            hard = decision_aware_disagreement(answer.logits, teacher.logits)
-            terms["adversarial"] = -batch.mean(hard)
+            answer, hard = _pool.hardness(self.student, view, teacher, batch)
+            terms["adversarial"] = -hard
             total = total + self.adversarial_weight * terms["adversarial"]
         if self.contrasts:
             terms["contrast"] = self.contrast(images, batch)
@@ -335,42 +314,11 @@ class CMI:
 
     def passes(self, cfg: CMIConfig) -> Mapping[str, float]:
         """Passes of each network per round of the student's loop; see the module docstring."""
-        inversions, k = cfg.batches_per_round * cfg.inversion_steps, cfg.student_steps
-        views = 2 if cfg.contrast_weight else 1
-        hard = inversions if cfg.adversarial_weight else 0
-        passes = {
-            "generator_forward": inversions,
-            "generator_backward": inversions,
-            "generator_step": inversions,
-            "teacher_forward": views * inversions + k,
-            "teacher_backward_to_input": views * inversions,
-            "student_forward": hard + k,
-            "student_backward_to_input": hard,
-            "student_backward": k,
-            "student_step": k,
+        inversions = cfg.batches_per_round * cfg.inversion_steps
+        if not cfg.contrast_weight:
+            return _pool.passes_of(cfg, inversions=inversions)
+        head = {"head_forward": 2.0, "head_backward": 1.0, "head_step": 1.0}
+        return {
+            **_pool.passes_of(cfg, inversions=inversions, views=2),
+            **{name: inversions * times for name, times in head.items()},
         }
-        if cfg.contrast_weight:
-            passes |= {
-                "head_forward": 2 * inversions,
-                "head_backward": inversions,
-                "head_step": inversions,
-            }
-        return {name: float(count) for name, count in passes.items()}
-
-
-def feature_probe(
-    network: nn.Module, layers: Sequence[str], spec: InputSpec
-) -> tuple[BatchNormProbe | FeatureProbe, int]:
-    """A probe whose instance means are the features of the contrast, and their number."""
-    known = batchnorm_layers(network)
-    if known and not layers:
-        probe = BatchNormProbe(network, statistics=False, instance_means=True)
-        return probe, sum(layer.num_features for layer in known.values())
-    named = (
-        FeatureProbe(network, layers_of(network, layers), of="input")
-        if layers
-        else FeatureProbe(network, spatial_layers(network, spec.shape))
-    )
-    with torch.no_grad(), named:
-        network(next(network.parameters()).new_zeros(1, *spec.shape))
-    return named, named.instance_means().shape[1]

@@ -45,12 +45,9 @@ from vestige.core.protocols import (
     Teacher,
 )
 from vestige.core.types import Batch, Loss, Requires, Result, Step, predict
-from vestige.losses.adversarial import decision_aware_disagreement
 from vestige.losses.prior import one_hot_loss
-from vestige.losses.statistics import Stats, bn_statistics_loss, smoothed
-from vestige.methods import _untuned
-from vestige.methods._pool import Best, Imitation, check_pool
-from vestige.models.factory import build_generator
+from vestige.losses.statistics import Smoothing, bn_statistics_loss
+from vestige.methods import _pool, _untuned
 from vestige.models.generators import reinitialize
 from vestige.models.probes import BatchNormProbe
 from vestige.sources.augment import draw_shifts, shift
@@ -143,25 +140,19 @@ class Fast:
         student: nn.Module,
         sources: Mapping[str, Source],
     ) -> None:
-        check_pool(cfg.rounds, cfg.warmup, cfg.batches_per_round, sources.get("pool"))
+        _pool.check_pool(cfg.rounds, cfg.warmup, cfg.batches_per_round, sources.get("pool"))
         self.cfg = cfg
         self.spec = task.spec
         self.num_classes = task.num_classes
         self.teacher = teachers[0]
         self.student = student
-        self.meta = build_generator(
-            cfg.generator,
-            task.spec,
-            latent_dim=cfg.latent_dim,
-            width=cfg.generator_width,
-            head="sigmoid",
-        )
+        self.meta = _pool.make_generator(cfg, task.spec)
         self.generator = copy.deepcopy(self.meta)
         self.pool = Pool(task.spec, device=next(student.parameters()).device)
         pools = PoolMix(self.pool, sources.get("pool"))
-        self.imitation = Imitation(cfg, self.teacher, student, pools, task.spec)
+        self.imitation = _pool.Imitation(cfg, self.teacher, student, pools, task.spec)
         self.statistics = BatchNormProbe(module_of(self.teacher)) if cfg.bn_weight else None
-        self.smoothing = Smoothing()
+        self.smoothing = Smoothing(cfg.bn_momentum)
         self.adversarial_weight = 0.0
 
     @classmethod
@@ -205,10 +196,7 @@ class Fast:
     ) -> Iterator[Step]:
         """One batch of images for the pool, and one step of the meta generator."""
         cfg, count = self.cfg, self.cfg.synthesis_batch_size
-        labels = torch.randint(self.num_classes, (count,), generator=ctx.rng, device=ctx.device)
-        latent = nn.Parameter(
-            torch.randn(count, cfg.latent_dim, generator=ctx.rng, device=ctx.device)
-        )
+        labels, latent = _pool.draw_targets(ctx, count, self.num_classes, cfg.latent_dim)
         if cfg.meta == "none":
             reinitialize(self.generator, ctx.rng)
         else:
@@ -228,7 +216,7 @@ class Fast:
         if cfg.meta == "fomaml":
             optimizers[0].register_step_pre_hook(collect)
         self.adversarial_weight = adversarial_weight
-        best = Best()
+        best = _pool.Best()
         for _ in range(cfg.inversion_steps):
             shifts = draw_shifts(count, cfg.crop_padding, ctx.rng, flip=cfg.flip)
             batch = Batch(labels=labels, latent=latent, extra={"shifts": shifts})
@@ -236,7 +224,7 @@ class Fast:
             best.keep(step)
             yield step
         self.pool.add(best.kept["inputs"], labels, loss=best.loss)
-        self.smoothing.update(cfg.bn_momentum)
+        self.smoothing.update()
         if cfg.meta == "reptile":
             summed = [
                 _REPTILE * (a - b).detach()
@@ -258,18 +246,13 @@ class Fast:
         terms = {"one_hot": batch.mean(one_hot_loss(teacher.logits, batch.labels))}
         total = cfg.one_hot_weight * terms["one_hot"]
         if self.statistics is not None:
-            self.smoothing.latest = self.statistics.observed()
-            terms["bn_statistics"] = bn_statistics_loss(
-                smoothed(self.smoothing.latest, self.smoothing.earlier, cfg.bn_momentum),
-                self.statistics.stored(),
-            )
+            observed = self.smoothing.mixed(self.statistics.observed())
+            terms["bn_statistics"] = bn_statistics_loss(observed, self.statistics.stored())
             total = total + cfg.bn_weight * terms["bn_statistics"]
         answer = None
         if self.adversarial_weight:
-            with modes.evaluating(self.student):
-                answer = predict(self.student, view)
-            hard = decision_aware_disagreement(answer.logits, teacher.logits)
-            terms["adversarial"] = -batch.mean(hard)
+            answer, hard = _pool.hardness(self.student, view, teacher, batch)
+            terms["adversarial"] = -hard
             total = total + self.adversarial_weight * terms["adversarial"]
         return Loss(terms, total, self.spec.normalize(images), teacher, answer)
 
@@ -294,47 +277,6 @@ class Fast:
 
     def passes(self, cfg: FastConfig) -> Mapping[str, float]:
         """Passes of each network per round of the student's loop; see the module docstring."""
-        inversions, k = cfg.batches_per_round * cfg.inversion_steps, cfg.student_steps
-        hard = inversions if cfg.adversarial_weight else 0
-        passes = {
-            "generator_forward": inversions,
-            "generator_backward": inversions,
-            "generator_step": inversions,
-            "meta_step": 0 if cfg.meta == "none" else cfg.batches_per_round,
-            "teacher_forward": inversions + k,
-            "teacher_backward_to_input": inversions,
-            "student_forward": hard + k,
-            "student_backward_to_input": hard,
-            "student_backward": k,
-            "student_step": k,
-        }
-        return {name: float(count) for name, count in passes.items()}
-
-
-class Smoothing:
-    """An exponential mean over batches of the statistics that they caused.
-
-    Attributes:
-        earlier: of the batches before, without gradient; None before the first.
-        latest: of the batch that is being made.
-    """
-
-    def __init__(self) -> None:
-        self.earlier: tuple[Stats, ...] | None = None
-        self.latest: tuple[Stats, ...] | None = None
-
-    def update(self, momentum: float) -> None:
-        """Take the latest statistics in, once per batch."""
-        if self.latest is not None:
-            mixed = smoothed(self.latest, self.earlier, momentum)
-            self.earlier = tuple(Stats(mean.detach(), var.detach()) for mean, var in mixed)
-        self.latest = None
-
-    def state_dict(self) -> Mapping[str, Any]:
-        """Means and variances of the layers."""
-        return {"earlier": None if self.earlier is None else [list(pair) for pair in self.earlier]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
-        kept = state["earlier"]
-        self.earlier = None if kept is None else tuple(Stats(*pair) for pair in kept)
+        passes = _pool.passes_of(cfg, inversions=cfg.batches_per_round * cfg.inversion_steps)
+        learned = 0.0 if cfg.meta == "none" else float(cfg.batches_per_round)
+        return {**passes, "meta_step": learned}

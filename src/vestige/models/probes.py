@@ -251,6 +251,32 @@ class FeatureProbe(_Probe):
         return layer.register_forward_hook(leaves)
 
 
+def instance_features(
+    module: nn.Module, shape: Sequence[int], layers: Sequence[str] = ()
+) -> tuple[BatchNormProbe | FeatureProbe, int]:
+    """A probe whose `instance_means` describe single inputs, and their width.
+
+    Args:
+        module: the network.
+        shape: of one input, (C, H, W).
+        layers: whose inputs count. Empty takes the BatchNorm layers, and where there are none the
+            outputs of the last layer of each resolution; without BatchNorm, or with `layers`, one
+            forward of a zero image tells the width.
+    """
+    known = batchnorm_layers(module)
+    if known and not layers:
+        probe = BatchNormProbe(module, statistics=False, instance_means=True)
+        return probe, sum(layer.num_features for layer in known.values())
+    named = (
+        FeatureProbe(module, layers, of="input")
+        if layers
+        else FeatureProbe(module, spatial_layers(module, shape))
+    )
+    with torch.no_grad(), modes.evaluating(module), named:
+        module(next(module.parameters()).new_zeros(1, *shape))
+    return named, named.instance_means().shape[1]
+
+
 def position_means(values: Tensor) -> Tensor:
     """Values (B, C, ...) averaged over positions: (B, C); (B, C) stays as it is."""
     return values if values.dim() == 2 else values.flatten(2).mean(2)
