@@ -56,6 +56,13 @@ OPTIONS = {
     "student_mode": "eval",
     "warmup": 1,
     "meta": "reptile",
+    "leak_latent_grad": True,
+    "adversarial_weight": 1.0,
+    "low_resolution_steps": 1,
+    "inversion_schedule": "cosine",
+    "z_policy": "fresh",
+    "generator_mode": "train",
+    "log_base": "e",
 }
 
 

@@ -34,7 +34,9 @@ ScaleCase = Callable[[int, Path], Measured]
 
 
 def measure_pool(images: int, folder: Path) -> Measured:
-    """A pool of uint8 images in memory, its shards on disk.
+    """A pool of uint8 images that holds 256 MiB of them in memory and the others in a file.
+
+    So all sizes but the smallest have left memory, and what is held must not grow with them.
 
     Args:
         images: 3x32x32, added in batches of 250, each a shard.
@@ -53,7 +55,7 @@ def measure_pool(images: int, folder: Path) -> Measured:
     _fill(Pool(_SPEC), len(inputs), inputs, labels)
     before = _memory_mib("VmRSS")
 
-    pool = Pool(_SPEC)
+    pool = Pool(_SPEC, memory_limit=256 * _MIB)
     start = time.perf_counter()
     _fill(pool, images, inputs, labels)
     added = time.perf_counter() - start

@@ -64,10 +64,7 @@ _INVERSION: Mapping[str, Any] = {
 }
 _CONTRAST = ("negatives", "bank_size", "head_dim")
 _NETWORKS = (*_CONTRAST, "generator", "generator_width", "generator_lr", "latent_dim")
-_PIXELS: Mapping[str, Any] = {
-    "inversion_lr": 0.1,
-    "roll": 1,
-}
+_PIXELS: Mapping[str, Any] = {"bn_weight": 3.0, "inversion_lr": 0.3, "roll": 1}
 _FAST: Mapping[str, Any] = {
     "warmup": 20,
     "rounds": 40,
@@ -154,7 +151,8 @@ def generative(
     row = 2 * generator * (steps + 3)
     row += forward_flops(teacher, spec.shape) * (steps + 2)
     row += forward_flops(student, spec.shape) * (3 * steps + 2)
-    return {**length(row, student, fewest=80, wanted=400, most=12_000 // steps), **chosen}
+    most, rows = 12_000 // steps, chosen["batch_size"]
+    return {**chosen, **length(row, student, fewest=80, wanted=400, most=most, batch_size=rows)}
 
 
 def inversion(task: Task, teacher: Teacher, student: nn.Module) -> Mapping[str, Any]:
@@ -194,11 +192,21 @@ def fast_inversion(task: Task, teacher: Teacher, student: nn.Module) -> Mapping[
 def pixel_inversion(task: Task, teacher: Teacher, student: nn.Module) -> Mapping[str, Any]:
     """Like `inversion`, without a generator: the pixels are optimised themselves."""
     found = inversion(task, teacher, student)
-    return found and {**{key: found[key] for key in found if key not in _NETWORKS}, **_PIXELS}
+    return found and {
+        **{key: found[key] for key in found if key not in _NETWORKS},
+        **_PIXELS,
+        "bn_weight": _PIXELS["bn_weight"] if found["bn_weight"] else 0.0,
+    }
 
 
 def length(
-    row: float, student: nn.Module, *, fewest: int, wanted: int, most: int
+    row: float,
+    student: nn.Module,
+    *,
+    fewest: int,
+    wanted: int,
+    most: int,
+    batch_size: int = _BATCH_SIZE,
 ) -> dict[str, int]:
     """Batch size, rounds and iterations for about four minutes on two cores, within limits.
 
@@ -208,9 +216,9 @@ def length(
         fewest: iterations, however long they take.
         wanted: iterations for which the batch is made smaller, down to 16 rows.
         most: iterations, however quick they are.
+        batch_size: the largest.
     """
     device = next((weight.device for weight in student.parameters()), torch.device("cpu"))
-    batch_size = _BATCH_SIZE
     while batch_size > 16 and iterations_for(row * batch_size, device) < wanted:
         batch_size //= 2
     total = min(most, max(fewest, iterations_for(row * batch_size, device)))

@@ -177,6 +177,7 @@ class CMI:
             self.probe, width = instance_features(network, task.spec.shape, layers)
             self.head = ProjectionHead(width, cfg.head_dim)
             self.bank = MemoryBank(cfg.bank_size, 2 * width)
+            self.negatives = torch.empty(0, 2 * width)
 
     @classmethod
     def suggest(

@@ -116,7 +116,7 @@ class DAFL:
             teachers[0],
             student,
             lambda given: make_generator(DAFLConfig(**given), task.spec),
-            {"one_hot_weight": 1.0, "activation_weight": 0.1, "batch_size": 256},
+            {"one_hot_weight": 1.0, "activation_weight": 0.1, "batch_size": 128},
         )
 
     def parts(self) -> Mapping[str, Stateful | Sharded]:
@@ -181,6 +181,14 @@ class DAFL:
         answer = predict(student, inputs)
         distance = batch.mean(kl_divergence(answer.logits, teacher.logits))
         return Loss({"distillation": distance}, distance, inputs, teacher, answer)
+
+    def variant(self) -> str:
+        """The options that are on, in words; "" is DAFL as published."""
+        options = {
+            "no activation": not self.cfg.activation_weight,
+            "natural logarithm": self.cfg.log_base == "e",
+        }
+        return ", ".join(name for name, on in options.items() if on)
 
     def result(self) -> Result:
         """The trained student."""

@@ -19,7 +19,7 @@ Differs from the paper:
 
 Cost per round: `iterations` times: G forward `student_steps` + 1, backward 1; T forward
     `student_steps` + 1, backward to its input 1; S forward `student_steps` + 1, backward
-    `student_steps` and 1 to its input.
+    `student_steps` and 1 to its input; without adversary the passes of S in step 1 fall away.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 
 from vestige.core import modes, optim, schedules
 from vestige.core.protocols import Context, Sharded, Source, Stateful, Task, Teacher
@@ -51,7 +51,7 @@ class DFQConfig(BaseModel):
         iterations: 40 (DataFree: 400 student steps per round).
         student_steps: per iteration. 10 (DataFree).
         batch_size: 256 (DataFree).
-        adversarial_weight: of the divergence. 1 (DataFree).
+        adversarial_weight: of the divergence. 1 (DataFree). 0 leaves the student unasked.
         bn_weight: of the distance to the teacher's BatchNorm statistics. 1 (DataFree).
         one_hot_weight: 1 (DataFree).
         balance_weight: 20 (DataFree), with the natural logarithm.
@@ -124,7 +124,12 @@ class DFQ:
             teacher,
             student,
             lambda given: make_generator(DFQConfig(**given), task.spec),
-            {"bn_weight": 0.0 if bare else 1.0, "balance_weight": 5.0, "generator_mode": "train"},
+            {
+                "student_steps": 10,
+                "bn_weight": 0.0 if bare else 1.0,
+                "balance_weight": 5.0,
+                "generator_mode": "train",
+            },
         )
 
     def parts(self) -> Mapping[str, Stateful | Sharded]:
@@ -168,26 +173,25 @@ class DFQ:
         inputs = as_inputs(generator(batch.latent), cfg, self.spec)
         with self.probe or nullcontext():
             teacher = predict(self.teacher, inputs)
-        with modes.evaluating(self.student):
-            answer = predict(self.student, inputs)
-        divergence = disagreement_loss(answer.logits, teacher.logits, kind="kl")
         terms = {
-            "adversarial": -batch.mean(divergence),
             "one_hot": batch.mean(one_hot_loss(teacher.logits)),
             "class_balance": class_balance_loss(teacher.logits),
         }
-        total = (
-            cfg.adversarial_weight * terms["adversarial"]
-            + cfg.one_hot_weight * terms["one_hot"]
-            + cfg.balance_weight * terms["class_balance"]
-        )
+        total = cfg.one_hot_weight * terms["one_hot"] + cfg.balance_weight * terms["class_balance"]
+        answer = None
+        if cfg.adversarial_weight:
+            with modes.evaluating(self.student):
+                answer = predict(self.student, inputs)
+            divergence = disagreement_loss(answer.logits, teacher.logits, kind="kl")
+            terms["adversarial"] = -batch.mean(divergence)
+            total = total + cfg.adversarial_weight * terms["adversarial"]
         if self.probe is not None:
             terms["bn_statistics"] = bn_statistics_loss(self.probe.observed(), self.probe.stored())
             total = total + cfg.bn_weight * terms["bn_statistics"]
         return Loss(terms, total, inputs, teacher, answer)
 
     @torch.no_grad()
-    def fakes(self, ctx: Context) -> Any:
+    def fakes(self, ctx: Context) -> Tensor:
         """Fresh images as inputs of the teacher."""
         noise = latent(self.cfg.batch_size, self.cfg.latent_dim, ctx)
         evaluated = self.cfg.generator_mode == "eval"
@@ -204,6 +208,7 @@ class DFQ:
     def variant(self) -> str:
         """The options that are on, in words; "" is DFQ as DataFree has it."""
         options = {
+            "no adversary": not self.cfg.adversarial_weight,
             "no BN statistics": not self.cfg.bn_weight,
             "generator in train mode": self.cfg.generator_mode == "train",
         }
@@ -216,14 +221,15 @@ class DFQ:
     def passes(self, cfg: DFQConfig) -> Mapping[str, float]:
         """Passes of each network per round; see the module docstring."""
         n, k = cfg.iterations, cfg.iterations * cfg.student_steps
+        asked = n if cfg.adversarial_weight else 0
         passes = {
             "generator_forward": n + k,
             "generator_backward": n,
             "generator_step": n,
             "teacher_forward": n + k,
             "teacher_backward_to_input": n,
-            "student_forward": n + k,
-            "student_backward_to_input": n,
+            "student_forward": asked + k,
+            "student_backward_to_input": asked,
             "student_backward": k,
             "student_step": k,
         }
