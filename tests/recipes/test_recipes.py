@@ -178,7 +178,8 @@ def test_every_preset_runs_one_round_at_batch_2(
         assert summary["complete"]
         passes = passes_of(run)
         assert summary["steps"] >= passes["student_step"] == 1
-        assert summary["teacher_queries"] == 2 * passes["teacher_forward"]
+        # Rows that a method replays come on top.
+        assert summary["teacher_queries"] >= 2 * passes["teacher_forward"]
         assert any(not torch.equal(before[key].cpu(), after[key]) for key in before)
         assert all(torch.isfinite(value.float()).all() for value in after.values())
 
@@ -432,9 +433,15 @@ def test_arms_of_the_demo_have_the_same_number_of_student_steps():
 # Building
 
 
-def test_a_teacher_without_a_card_needs_input_and_classes(resnet34: Path):
+def test_a_teacher_without_a_card_needs_input_and_classes(
+    random_weights: Callable[[str], Path],
+):
     recipe = load_recipe(
-        "kd", overrides=[f"teacher={{model: resnet34, weights: {resnet34}}}", "data=null"]
+        "kd",
+        overrides=[
+            f"teacher={{model: resnet34, weights: {random_weights('resnet34')}}}",
+            "data=null",
+        ],
     )
     with pytest.raises(RecipeError, match="input and num_classes: a teacher without a card"):
         build(recipe)

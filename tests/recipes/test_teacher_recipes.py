@@ -25,6 +25,7 @@ from vestige.teachers.loading import builtin_card, fingerprint, load_teacher, re
 
 SHIPPED = [
     "cifar10-resnet34",
+    "cifar10-wrn-40-2",
     "digits-convnet",
     "fashion-mnist-convnet",
     "mnist-convnet",

@@ -16,7 +16,6 @@ from vestige.cli.options import (
     OutOption,
     PluginOption,
     PresetOption,
-    RecipeArgument,
     ResumeOption,
     SeedOption,
     SetOption,
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
 
 # A run that is over sooner needs no estimate.
 _WORTH_TELLING_MINUTES = 1.0
+# What --compare takes teacher, student and budget from unless a recipe is named.
+_ALL = "all-methods"
 
 
 def register(app: typer.Typer) -> None:
@@ -49,6 +50,7 @@ def register(app: typer.Typer) -> None:
             "vestige run my-recipe.yaml --dry-run",
             "vestige run my-recipe.yaml --out runs/mine --resume",
             "vestige run dfad-remedies --arms",
+            "vestige run --compare dfad,cmi,fast",
             "vestige run --compare dfad,kd demo --set trainer.minutes=5",
         )
     )(run)
@@ -88,7 +90,13 @@ def demo(
 
 
 def run(
-    recipe: RecipeArgument,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="A shipped recipe (vestige list recipes) or a YAML file; 'all-methods' for "
+            "--compare alone."
+        ),
+    ] = None,
     arms: ArmsOption = False,
     compare: CompareOption = None,
     preset: PresetOption = None,
@@ -103,10 +111,14 @@ def run(
     """Run a recipe: its main run, all of its arms, or several methods side by side."""
     if arms and compare is not None:
         raise typer.BadParameter("--arms and --compare ask for different runs; leave one out")
+    if recipe is None and compare is None:
+        raise typer.BadParameter(
+            "got none, expected one of vestige list recipes or a YAML file", param_hint="RECIPE"
+        )
     tracked = [f"trainer.track=[{', '.join(track)}]"] if track else []
     _start(
         _Request(
-            recipe,
+            recipe or _ALL,
             preset,
             [*(overrides or ()), *tracked],
             plugins or (),
