@@ -21,6 +21,7 @@ from vestige.recipes.loading import load_recipe, validate
 from vestige.recipes.run import run_recipe
 from vestige.recipes.schema import Recipe
 from vestige.recipes.teacher_schema import load_teacher_recipe
+from vestige.recipes.updates import student_updates
 from vestige.teachers.loading import BuiltinCard, ImageInput, fingerprint
 from vestige.training.files import tensors_to_bytes, write_bytes, write_text
 
@@ -421,13 +422,29 @@ def test_an_arm_of_another_method_takes_over_shared_settings_only():
     assert set(recipe.arm("noise").sources) == {"inputs"}
 
 
-def test_arms_of_the_demo_have_the_same_number_of_student_steps():
-    recipe = load_recipe("demo")
-    steps = set()
-    for name in recipe.arms:
-        cfg = recipe.arm(name).method_config()
-        steps.add(cfg.rounds * cfg.iterations * getattr(cfg, "student_steps", 1))
-    assert steps == {1500}
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("demo", 1500),
+        ("all-methods", 1500),
+        ("cmi-contrast", 2000),
+        ("fast-meta", 2000),
+        ("deepinversion-terms", 2000),
+        ("dfad-remedies", 1500),
+        ("dfq-terms", 3000),
+        ("retain-dfad", 1500),
+        ("zskt-z", 3000),
+    ],
+)
+def test_arms_have_the_same_number_of_student_steps(name, expected):
+    for preset, wanted in ((None, expected), ("smoke", None)):
+        recipe = load_recipe(name, preset=preset)
+        steps = set()
+        for arm in recipe.arms:
+            one = recipe.arm(arm)
+            steps.add(student_updates(one.method, one.method_config().model_dump()))
+        assert len(steps) == 1
+        assert wanted is None or steps == {wanted}
 
 
 # Building
