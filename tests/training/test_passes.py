@@ -175,3 +175,20 @@ def test_what_was_not_seen_is_unknown(tiny_student: nn.Module) -> None:
     timer = PassTimer(recorder, passes, CPU)
     timer.cycle()
     assert timer.take().unknown == ["net_forward", "other_step"]
+
+
+def test_an_observed_pass_takes_statistics_and_goes_back_to_the_input() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 3)).eval()
+    recorder = PassRecorder({"net": net})
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    with recorder:
+        net(torch.randn(4, 1, 8, 8)).sum().backward()
+        optimizer.step()
+    hooks = len(net[1]._forward_pre_hooks)
+    timer = PassTimer(recorder, {"net_observed": 2.0}, CPU)
+    timer.cycle()
+    found = timer.take()
+    assert found.unknown == []
+    assert found.seconds["net_observed"] > 0
+    assert len(net[1]._forward_pre_hooks) == hooks

@@ -65,17 +65,20 @@ def passes_of(
     """Passes of each network per round of the student's loop.
 
     Args:
-        cfg: with `student_steps` and `adversarial_weight`.
+        cfg: with `student_steps`, `adversarial_weight` and `bn_weight`.
         inversions: optimisation steps of the images per round.
         views: passes of the teacher in each.
         generator: whether a generator makes the images.
     """
     hard, k = inversions if cfg.adversarial_weight else 0, cfg.student_steps
     made = inversions if generator else 0
+    observed = inversions if cfg.bn_weight else 0
+    plain = views * inversions - observed
     passes = {
         **dict.fromkeys(("generator_forward", "generator_backward", "generator_step"), made),
-        "teacher_forward": views * inversions + k,
-        "teacher_backward_to_input": views * inversions,
+        "teacher_forward": plain + k,
+        "teacher_backward_to_input": plain,
+        "teacher_observed": observed,
         "student_forward": hard + k,
         "student_backward_to_input": hard,
         "student_backward": k,

@@ -46,7 +46,7 @@ from vestige.losses.adversarial import js_disagreement
 from vestige.losses.prior import one_hot_loss, total_variation
 from vestige.losses.statistics import bn_statistics_loss
 from vestige.methods import _untuned
-from vestige.methods._pool import Best, Imitation, check_pool
+from vestige.methods._pool import Best, Imitation, check_pool, passes_of
 from vestige.models.probes import BatchNormProbe
 from vestige.sources.augment import draw_shifts, shift
 from vestige.sources.pool import Pool
@@ -287,16 +287,7 @@ class DeepInversion:
     def passes(self, cfg: DeepInversionConfig) -> Mapping[str, float]:
         """Passes of each network per round of the student's loop; see the module docstring."""
         inversions = cfg.batches_per_round * (cfg.low_resolution_steps + cfg.inversion_steps)
-        hard, k = inversions if cfg.adversarial_weight else 0, cfg.student_steps
-        passes = {
-            "teacher_forward": inversions + k,
-            "teacher_backward_to_input": inversions,
-            "student_forward": hard + k,
-            "student_backward_to_input": hard,
-            "student_backward": k,
-            "student_step": k,
-        }
-        return {name: float(count) for name, count in passes.items()}
+        return passes_of(cfg, inversions=inversions, generator=False)
 
 
 def rise_and_fall(done: int, steps: int) -> float:

@@ -285,11 +285,13 @@ class DFAD:
     def passes(self, cfg: DFADConfig) -> Mapping[str, float]:
         """Passes of each network per round; see the module docstring."""
         n, k = cfg.iterations, cfg.student_steps
+        observed = n if cfg.bn_weight else 0
         passes = {
             "generator_forward": n * (k + 1),
             "generator_backward": n,
-            "teacher_forward": n * (k + 1),
-            "teacher_backward_to_input": n,
+            "teacher_forward": n * (k + 1) - observed,
+            "teacher_backward_to_input": n - observed,
+            "teacher_observed": observed,
             "student_forward": n * (k + 1),
             "student_backward": n * k,
             "student_backward_to_input": n,

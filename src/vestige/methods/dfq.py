@@ -222,12 +222,14 @@ class DFQ:
         """Passes of each network per round; see the module docstring."""
         n, k = cfg.iterations, cfg.iterations * cfg.student_steps
         asked = n if cfg.adversarial_weight else 0
+        observed = n if cfg.bn_weight else 0
         passes = {
             "generator_forward": n + k,
             "generator_backward": n,
             "generator_step": n,
-            "teacher_forward": n + k,
-            "teacher_backward_to_input": n,
+            "teacher_forward": n + k - observed,
+            "teacher_backward_to_input": n - observed,
+            "teacher_observed": observed,
             "student_forward": asked + k,
             "student_backward_to_input": asked,
             "student_backward": k,

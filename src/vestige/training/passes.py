@@ -1,8 +1,10 @@
 """Time the passes of a run's networks, on the inputs and in the precision of a real step.
 
 A method says in `passes` how often a round needs each pass. A name there is `<network>_<pass>`: the
-network is "student", "teacher" or a key of the method's parts, the pass one of `PASSES`. What a
-network is fed with is recorded by hooks while real steps run, so that any method can be timed.
+network is "student", "teacher" or a key of the method's parts, the pass one of `PASSES`. "observed"
+is a forward in which the statistics of what enters the BatchNorm layers are taken, and the backward
+of both to the inputs; it counts neither as forward nor as backward. What a network is fed with is
+recorded by hooks while real steps run, so that any method can be timed.
 """
 
 import copy
@@ -23,9 +25,10 @@ from vestige.core import modes
 from vestige.core.protocols import Teacher
 from vestige.core.types import Prediction
 from vestige.errors import ContractError
+from vestige.models.probes import BatchNormProbe
 from vestige.training.parts import networks_of
 
-PASSES = ("forward", "backward", "backward_to_input", "step")
+PASSES = ("forward", "backward", "backward_to_input", "observed", "step")
 # Longest first: "backward_to_input" also ends in "input", and a network may be called "x_backward".
 _BY_LENGTH = sorted(PASSES, key=len, reverse=True)
 _MOST_PER_CYCLE = 16
@@ -253,6 +256,7 @@ def _runs(
             (runner.forward, forward - full - to_input),
             (runner.backward, full),
             (runner.backward_to_input, to_input),
+            (runner.observed, wanted.get(f"{name}_observed", 0.0)),
         ]
     if step and recorder.optimizers.get(name):
         found.append((_stepping(name, recorder.optimizers[name], clock), step))
@@ -288,6 +292,21 @@ class _Runner:
             named = {name: _attached(x) for name, x in call.named.items()}
             inputs = [x for x in _tensors(args, named) if x.requires_grad]
             self._there_and_back(args, named, inputs, "backward_to_input")
+
+    def observed(self) -> None:
+        """Forward with statistics, and backward of both to the inputs."""
+        with self._called() as call:
+            args = tuple(_attached(x) for x in call.args)
+            named = {name: _attached(x) for name, x in call.named.items()}
+            inputs = [x for x in _tensors(args, named) if x.requires_grad]
+            probe = BatchNormProbe(self.network)
+            with self.clock.timing(f"{self.name}_observed"):
+                with probe:
+                    logits = Prediction.of(self.network(*args, **named)).logits
+                seen = [value for stats in probe.observed() for value in stats]
+                slopes = [torch.ones_like(value) for value in (logits, *seen)]
+                torch.autograd.grad([logits, *seen], inputs, slopes, allow_unused=True)
+                del logits, seen, probe
 
     @contextmanager
     def _called(self) -> Iterator[Call]:
