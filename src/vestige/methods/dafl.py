@@ -116,7 +116,14 @@ class DAFL:
             teachers[0],
             student,
             lambda given: make_generator(DAFLConfig(**given), task.spec),
-            {"one_hot_weight": 1.0, "activation_weight": 0.1, "batch_size": 128},
+            {
+                "batch_size": 128,
+                "one_hot_weight": 1.0,
+                "balance_weight": 20.0,
+                "activation_weight": 0.1,
+                "generator_lr": 2e-2,
+                "student_lr": 4e-3,
+            },
         )
 
     def parts(self) -> Mapping[str, Stateful | Sharded]:

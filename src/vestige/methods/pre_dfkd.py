@@ -189,22 +189,21 @@ class PreDFKD:
     def run(self, ctx: Context) -> Iterator[Step]:
         """The paper's loop: one generation, then imitations, the memory taught after some."""
         cfg = self.cfg
+        imitator = optim.factory(
+            cfg.student_optimizer, cfg.student_lr, weight_decay=cfg.student_weight_decay
+        )
         student_optimizer = ctx.optimizer(
             "student",
             self.student.parameters(),
-            optim.factory(
-                cfg.student_optimizer, cfg.student_lr, weight_decay=cfg.student_weight_decay
-            ),
+            imitator,
             schedules.named(cfg.schedule, cfg.milestones),
         )
         generator_optimizer = ctx.optimizer(
             "generator", self.generator.parameters(), optim.factory("adam", cfg.generator_lr)
         )
-        memory_optimizer = ctx.optimizer(
-            "memory",
-            [*self.encoder.parameters(), *self.memory_generator.parameters()],
-            optim.factory("adam", cfg.memory_lr),
-        )
+        remembering = [*self.encoder.parameters(), *self.memory_generator.parameters()]
+        adam = optim.factory("adam", cfg.memory_lr)
+        memory_optimizer = ctx.optimizer("memory", remembering, adam)
         modes.train_mode(self.student)
         self.generator.train()
 
@@ -214,24 +213,17 @@ class PreDFKD:
                 yield ctx.update(
                     "source", self.generator, self.generation, noise, generator_optimizer
                 )
-                knows = round_index > 0 or iteration > 0
+                own = self.replayed if round_index or iteration else 0
                 for step in range(cfg.student_steps):
                     fresh, batch = self.fakes(ctx)
                     yield ctx.update(
                         "student", self.student, self.imitation, batch, student_optimizer
                     )
                     if step < cfg.memory_steps:
-                        target = self.memory.target(
-                            fresh[: max(2, cfg.batch_size // 2)],
-                            self.replayed if knows else 0,
-                            ctx.rng,
-                        )
+                        half = fresh[: max(2, cfg.batch_size // 2)]
+                        target, net = self.memory.target(half, own, ctx.rng), self.memory_generator
                         yield ctx.update(
-                            "auxiliary",
-                            self.memory_generator,
-                            self.memory.loss,
-                            target,
-                            memory_optimizer,
+                            "auxiliary", net, self.memory.loss, target, memory_optimizer
                         )
 
     def generation(self, generator: Any, batch: Batch) -> Loss:
@@ -242,11 +234,9 @@ class PreDFKD:
             teacher = predict(self.teacher, inputs)
         (features,) = self.probe.features()
         answer = predict(self.student, inputs)
+        known = teacher.logits.detach()
         distance = js_disagreement(
-            answer.logits,
-            teacher.logits.detach(),
-            temperature=cfg.js_temperature,
-            reduction="element",
+            answer.logits, known, temperature=cfg.js_temperature, reduction="element"
         )
         terms = {
             "one_hot": batch.mean(one_hot_loss(teacher.logits)),
