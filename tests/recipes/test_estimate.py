@@ -62,11 +62,11 @@ def test_minutes_are_those_of_all_passes(monkeypatch: pytest.MonkeyPatch) -> Non
     """By a clock on which every pass takes a second."""
     clock = itertools.count()
     monkeypatch.setattr(passes, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    # Of 2 iterations: forwards 3 * 12, backwards 2 + 2 + 10 + 2, steps 10 + 2.
+    # Of 2 iterations: forwards 12 + 10 + 12, backwards 2 + 10 + 2, 2 with statistics, steps 10 + 2.
     seconds = estimate(job("config.batch_size=8")).minutes * 60
-    assert seconds == pytest.approx(3 * (36 + 16 + 12))
+    assert seconds == pytest.approx(3 * (34 + 14 + 2 + 12))
     # Timed on 8 rows, since 64 promise to take too long; a step takes as long for any number.
-    assert estimate(job()).minutes * 60 == pytest.approx(3 * (8 * (36 + 16) + 12))
+    assert estimate(job()).minutes * 60 == pytest.approx(3 * (8 * (34 + 14 + 2) + 12))
 
 
 def test_disk_is_enough_and_not_far_off(tmp_path: Path) -> None:

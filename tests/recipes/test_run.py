@@ -18,6 +18,7 @@ from vestige.recipes.build import build
 from vestige.recipes.loading import load_recipe
 from vestige.recipes.run import run_arms, run_recipe
 from vestige.recipes.schema import Recipe
+from vestige.recipes.updates import student_updates
 from vestige.tasks.classification import Classification
 from vestige.teachers.loading import ImageInput, builtin_card, fingerprint, load_teacher
 from vestige.training.outcome import Outcome
@@ -353,7 +354,8 @@ def test_a_run_of_arms_leaves_one_folder_each_and_one_whole(arms_run):
     assert {path.name for path in (out / "arms").iterdir()} == set(recipe.arms)
     for name in recipe.arms:
         found = {path.name for path in (out / "arms" / name).iterdir()}
-        assert found == RUN_FILES - {"report.html"}
+        kept = {"pool"} if recipe.arm(name).method == "cmi" else set()
+        assert found == RUN_FILES - {"report.html"} | kept
     for key, kind in SUMMARY.items():
         assert isinstance(summary[key], kind), key
     assert list(summary["arms"]) == list(recipe.arms)
@@ -400,10 +402,14 @@ def test_all_arms_start_from_the_same_student_and_make_the_same_number_of_its_st
         starts.add(fingerprint(build(recipe.arm(name)).student))
         cfg = recipe.arm(name).method_config()
         summary = json.loads((out / "arms" / name / "summary.json").read_text())
-        per_round = cfg.iterations * getattr(cfg, "student_steps", 1)
-        source = cfg.iterations if recipe.arm(name).method == "dfad" else 0
-        assert summary["steps"] == cfg.rounds * (per_round + source)
-        steps.add((cfg.rounds * per_round, cfg.batch_size))
+        method = recipe.arm(name).method
+        made = student_updates(method, cfg.model_dump())
+        source = {"dfad": cfg.rounds * getattr(cfg, "iterations", 0), "kd": 0}.get(method)
+        if source is None:
+            batches = cfg.warmup + cfg.rounds * cfg.batches_per_round
+            source = batches * cfg.inversion_steps
+        assert summary["steps"] == made + source
+        steps.add((made, cfg.batch_size))
     assert len(starts) == 1
     assert steps == {(20, 16)}
 

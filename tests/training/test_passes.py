@@ -179,7 +179,9 @@ def test_what_was_not_seen_is_unknown(tiny_student: nn.Module) -> None:
 
 def test_an_observed_pass_takes_statistics_and_goes_back_to_the_input() -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 3)).eval()
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 3)
+    ).eval()
     recorder = PassRecorder({"net": net})
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     with recorder:

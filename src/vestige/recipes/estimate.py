@@ -251,7 +251,8 @@ def _conclude(
         told.append(f"Not counted: what the plug-ins do ({', '.join(trainer.plugins)}).")
     if config.compile:
         told.append("Timed without compiling, which takes a minute or more and then saves time.")
-    asked = share * seen.rounds * passes.get("teacher_forward", 0.0) * seen.rows * scale
+    forwards = passes.get("teacher_forward", 0.0) + passes.get("teacher_observed", 0.0)
+    asked = share * seen.rounds * forwards * seen.rows * scale
     disk = None
     if trainer.out is not None:
         rows = 2 * share * steps / config.log_every * _ROW_BYTES
