@@ -33,7 +33,7 @@ demo: $(VENV)/.base ## the main job on built-in real data; all a fresh machine n
 	$(BIN)/vestige demo
 
 test: $(VENV)/.all ## every test that is not slow, gpu or optional
-	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.all ## the slow tests
 	$(BIN)/python -m pytest -n $(JOBS) -m "slow and not gpu and not optional" $(PYTEST_ARGS)

@@ -19,7 +19,11 @@ from vestige.training.tracking.metrics import read_metrics
 
 FOLDER = Path(__file__).parent
 # About 50 steps whatever a method's inner counts are; small enough for a second or two.
-SIZES = {"rounds": 5, "batch_size": 16, "generator_width": 4, "latent_dim": 16}
+SIZES = {
+    **{"rounds": 5, "batch_size": 16, "generator_width": 4, "latent_dim": 16},
+    **{"warmup": 1, "inversion_steps": 5, "synthesis_batch_size": 16, "student_steps": 5},
+    **{"negatives": 16, "head_dim": 8, "head_queries": 8},
+}
 ITERATIONS = {"dfad": 2, "kd": 10}
 
 
