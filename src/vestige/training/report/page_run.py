@@ -1,7 +1,7 @@
 """What the page shows about one run: the result first, then all that it rests on."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vestige.training.report import charts, page_origins, tables
@@ -101,6 +101,10 @@ def _sentence(run: RunFolder, headline: ArmRow | None, metric: str) -> str:
     """The result in one sentence; what is not known is not claimed."""
     score = headline.score if headline else math.nan
     score = score if math.isfinite(score) else score_of(run, "student")
+    if _is_pool(run):
+        images = tables.format_count(number(mapping(run.summary.get("pool")).get("images")))
+        clean = "; no real image was read to make them" if _is_data_free(run, headline) else ""
+        return f"A pool of {images} images was synthesised from the teacher{clean}."
     if not math.isfinite(score):
         return "This run has no score yet." if run.summary else "This run has no summary yet."
     size = tables.format_size(number(mapping(run.summary.get("student")).get("parameters")))
@@ -181,9 +185,33 @@ def _figures(run: RunFolder, headline: ArmRow | None, metric: str) -> list[dict[
     if not headline and math.isfinite(best):
         note = "picked on the test set, not a result"
         figures.insert(1, ("Best step", best, tables.format_score(best, metric), note))
+    if _is_pool(run):
+        figures = [one for one in figures if not one[0].startswith("Student")]
+    pool = mapping(summary.get("pool"))
+    if math.isfinite(images := number(pool.get("images"))):
+        note = _diversity(mapping(pool.get("diversity")))
+        figures.append(("Images in the pool", images, tables.format_count(images), note))
     return [
         {"label": label, "note": note, **exact(value, text)} for label, value, text, note in figures
     ]
+
+
+def _is_pool(run: RunFolder) -> bool:
+    """Whether the run's result is a pool of images and no student."""
+    return mapping(run.summary.get("result")).get("kind") == "pool"
+
+
+def _diversity(found: Mapping[str, Any]) -> str:
+    """How the images of a pool differ, to the teacher; "" where nobody measured it."""
+    distance, classes, repeats = (
+        number(found.get(key)) for key in ("pairwise_distance", "effective_classes", "repeats")
+    )
+    if not all(map(math.isfinite, (distance, classes, repeats))):
+        return ""
+    return (
+        f"to the teacher {classes:.1f} classes, mean distance {distance:.2f}, "
+        f"{tables.format_share(repeats)} with a near repeat"
+    )
 
 
 def _arm_view(row: ArmRow, run: RunFolder, metric: str) -> dict[str, Any]:
