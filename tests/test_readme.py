@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from vestige.cli import main as cli
-
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BIN = Path(sys.executable).parent
@@ -83,35 +81,17 @@ def test_the_example_in_python_trains_a_student(tmp_path, monkeypatch):
     assert report.summary["diagnosis"] == []
 
 
-def run_here(command, cwd, monkeypatch, capfd):
-    """Run a vestige command in this process: each one of its own takes seconds to begin."""
-    monkeypatch.chdir(cwd)
-    monkeypatch.setattr(sys, "argv", shlex.split(command))
-    with pytest.raises(SystemExit) as left:
-        cli.main(shlex.split(command)[1:])
-    told = capfd.readouterr()
-    assert not left.value.code, f"{command}\n{told.out[-2000:]}\n{told.err[-3000:]}"
-
-
-@pytest.mark.slow
-def test_the_demo_shows_what_the_readme_says(tmp_path):
-    execute("vestige demo", tmp_path)
+def test_the_commands_run_in_the_order_of_the_readme(tmp_path):
+    for command in commands("vestige"):
+        execute(command, tmp_path)
     demo = json.loads((tmp_path / "runs/demo-seed0/summary.json").read_text())
     student, teacher = demo["student"], demo["teacher"]
     assert student["score"] >= 0.95 * teacher["score"]
     assert student["parameters"] <= teacher["parameters"] / 4
     for lower in ("noise", "untrained-generator"):
         assert student["score"] >= demo["arms"][lower] + 0.20
+    assert demo["arms"]["cmi"] >= 0.9 * teacher["score"]
     assert [item["purpose"] for item in demo["real_data"]] == ["evaluation"]
-
-
-def test_the_commands_run_in_the_order_of_the_readme(tmp_path, monkeypatch, capfd):
-    for command in commands("vestige"):
-        # In full it takes a minute and more, and is a test of its own.
-        run_here(
-            command + " --preset smoke" * (command == "vestige demo"), tmp_path, monkeypatch, capfd
-        )
-    assert (tmp_path / "runs/demo-seed0/report.html").is_file()
     mine = json.loads((tmp_path / "runs/mine/summary.json").read_text())
     assert (mine["seed"], mine["method"], mine["complete"]) == (1, "dfad", True)
     assert (tmp_path / "both.html").stat().st_size > 10_000

@@ -64,7 +64,9 @@ def test_a_run_may_stop_with_its_pool(images):
     page = (images / "report.html").read_text()
     assert "A pool of 48 images was synthesised from the teacher; no real image was read" in page
     assert "with a near repeat" in page
-    assert "Student size" not in page
+    assert "What was synthesised" in page
+    assert "to make this pool" in page
+    assert "the student" not in page.split("</style>")[-1].split("To run it again")[0].lower()
 
 
 def test_a_pool_is_shown_with_a_picture_and_another_judge(program, images):

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from vestige.core import parallel
 from vestige.core.functional import functional
+from vestige.core.moments import channel_moments
 from vestige.errors import RecipeError
 from vestige.losses.prior import total_variation
 
@@ -209,6 +210,7 @@ def test_alone_everything_is_the_plain_thing():
         mean, var, _ = parallel.batch_moments(x)
         expected = torch.var_mean(x, [0, 2], correction=0)
         torch.testing.assert_close((var, mean), expected)
+        assert all(map(torch.equal, channel_moments(x), parallel.batch_moments(x)))
         assert parallel.batch_rows(x) is x
         assert parallel.rows_of_all(3) == 3
         assert torch.overrides._get_current_function_mode() is None

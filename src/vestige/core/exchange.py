@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from vestige.core.moments import channel_moments
 from vestige.errors import ProcessError
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -69,7 +70,7 @@ def moments(values: Tensor, shard: Shard) -> tuple[Tensor, Tensor, Tensor]:
     values = wide(values)
     number = values.numel() // values.shape[1]
     if number:
-        var, mean = torch.var_mean(values, but_channels(values), correction=0)
+        mean, var, _ = channel_moments(values)
     else:
         # A variance of nothing is NaN; the graph must be there, or backward waits for ever.
         mean = var = values.sum(but_channels(values))

@@ -12,6 +12,7 @@ from torch import nn
 
 from vestige.core import seeding
 from vestige.core.protocols import Task, Teacher
+from vestige.core.types import InputSpec
 from vestige.models.cost import forward_flops, iterations_for
 from vestige.models.probes import batchnorm_layers
 
@@ -109,14 +110,7 @@ def adversarial(
         # Pixels lie in [0, 1] before they are normalised; other inputs have no known range.
         "generator_head": "sigmoid" if spec.kind == "image" else "tanh_bn",
     }
-    with seeding.preserved():
-        generator = forward_flops(make_generator(chosen), (chosen["latent_dim"],))
-    # A backward to the input costs a forward, a full one two.
-    steps = chosen["student_steps"]
-    # Counted twice: its BatchNorms and upsamplings of large maps were seen to take as long again.
-    row = 2 * generator * (steps + 3)
-    row += forward_flops(teacher, spec.shape) * (steps + 2)
-    row += forward_flops(student, spec.shape) * (3 * steps + 2)
+    row = _iteration(chosen, teacher, student, spec, make_generator)
     return {**chosen, **length(row, student, fewest=80, wanted=400, most=2400)}
 
 
@@ -145,22 +139,36 @@ def generative(
         "generator_head": "sigmoid" if spec.kind == "image" else "tanh_bn",
         **own,
     }
+    row = _iteration(chosen, teacher, student, spec, make_generator)
+    most, rows = 12_000 // chosen.get("student_steps", 1), chosen["batch_size"]
+    return {**chosen, **length(row, student, fewest=80, wanted=400, most=most, batch_size=rows)}
+
+
+def _iteration(
+    chosen: Mapping[str, Any],
+    teacher: nn.Module,
+    student: nn.Module,
+    spec: InputSpec,
+    make_generator: Callable[[Mapping[str, Any]], nn.Module],
+) -> float:
+    """Floating-point operations of one generation and `student_steps` imitations on one row."""
     with seeding.preserved():
         generator = forward_flops(make_generator(chosen), (chosen["latent_dim"],))
+    # A backward to the input costs a forward, a full one two.
     steps = chosen.get("student_steps", 1)
-    row = 2 * generator * (steps + 3)
+    # Counted twice: its BatchNorms and upsamplings of large maps were seen to take as long again.
+    row: float = 2 * generator * (steps + 3)
     row += forward_flops(teacher, spec.shape) * (steps + 2)
     row += forward_flops(student, spec.shape) * (3 * steps + 2)
-    most, rows = 12_000 // steps, chosen["batch_size"]
-    return {**chosen, **length(row, student, fewest=80, wanted=400, most=most, batch_size=rows)}
+    return row
 
 
 def inversion(task: Task, teacher: Teacher, student: nn.Module) -> Mapping[str, Any]:
     """For a pool of images that is inverted batch by batch, and a student taught from it.
 
-    The generator fits any size of image. A third of the images come before the student's first
-    step, the others in between. How long an inversion is follows from the arithmetic of the
-    networks. Without BatchNorm statistics only the classes are asked for.
+    The generator fits any size of image. A few batches come before the student's first step, the
+    others in between. Without BatchNorm statistics only the classes are asked for. The numbers of
+    batches and steps are the same for all networks, so a large teacher takes long.
 
     Args:
         task: classification of images, or nothing is suggested.

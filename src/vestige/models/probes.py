@@ -1,6 +1,7 @@
 """Reading a network's inside while it runs, with hooks that live only inside a `with`."""
 
 import difflib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -31,7 +32,7 @@ def batchnorm_layers(module: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
-class _Probe:
+class _Probe(ABC):
     """Hooks on some layers of a network that live inside a `with`, and what they last saw.
 
     Attributes:
@@ -67,8 +68,9 @@ class _Probe:
         while self._handles:
             self._handles.pop().remove()
 
+    @abstractmethod
     def _hook(self, name: str, layer: nn.Module) -> RemovableHandle:
-        raise NotImplementedError
+        """What notes the layer of this name."""
 
     def _forget(self, module: nn.Module, args: Any) -> None:
         self._seen = {}

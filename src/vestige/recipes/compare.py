@@ -19,6 +19,7 @@ from vestige.recipes.loading import find_problems, layered
 from vestige.recipes.requirements import bn_weight, no_batchnorm
 from vestige.recipes.resolve import resolve_teachers
 from vestige.recipes.schema import Recipe
+from vestige.recipes.teacher import trained_already
 from vestige.recipes.updates import student_updates, with_updates
 
 # What every method is given as the recipe's own has it, where it has a setting of that name. What
@@ -206,7 +207,10 @@ def _obstacles(recipe: Recipe) -> Iterator[str]:
         for arm, method in methods.items()
     }
     needing = [arm for arm, one in settings.items() if one is None or bn_weight(one)]
-    if not needing:
+    # A teacher that a run would have to train first is looked at when it is there.
+    named = (one for one in (recipe.teacher, *recipe.more_teachers) if isinstance(one, str))
+    trained_by = [one.removeprefix("recipe:") for one in named if one.startswith("recipe:")]
+    if not needing or not all(map(trained_already, trained_by)):
         return
     try:
         layers = [len(batchnorm_layers(one.module)) for one in resolve_teachers(recipe)]

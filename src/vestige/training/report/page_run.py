@@ -56,6 +56,7 @@ def run_view(run: RunFolder, *, name: str, anchor: str) -> dict[str, Any]:
     return {
         "name": name,
         "anchor": anchor,
+        "is_pool": _is_pool(run),
         "sentence": _sentence(run, headline, metric),
         "notes": [*run.notes, *(f"{titles[k]}: {n}" for k, a in run.arms.items() for n in a.notes)],
         "note": str(run.summary.get("note") or ""),
@@ -175,7 +176,12 @@ def _figures(run: RunFolder, headline: ArmRow | None, metric: str) -> list[dict[
             if math.isfinite(ratio)
             else "parameters",
         ),
-        ("Real images read", read, tables.format_count(read), "to train this student"),
+        (
+            "Real images read",
+            read,
+            tables.format_count(read),
+            "to make this pool" if _is_pool(run) else "to train this student",
+        ),
         ("Time", seconds, tables.format_seconds(seconds), "seconds"),
     ]
     if headline and math.isfinite(headline.gap_closed):
@@ -284,6 +290,9 @@ def _findings(run: RunFolder) -> list[dict[str, str]]:
 def _verdict(run: RunFolder) -> str:
     """What no finding means: all well, or too short to tell."""
     if _findings(run) or not isinstance(run.summary.get("diagnosis"), list):
+        return ""
+    # Without a student there was nothing to measure.
+    if _is_pool(run):
         return ""
     rounds = round_count(run)
     if not rounds:
