@@ -188,3 +188,17 @@ def test_convolutions_of_the_generator_have_norm_one(tiny_teacher, tiny_student,
     assert len(norms) == 3
     assert all(abs(norm - 1) < 0.02 for norm in norms) == spectral
     assert not any("original" in name for name, _ in method.memory_generator.named_parameters())
+
+
+def test_without_replay_there_is_no_memory_at_all(tiny_teacher, tiny_student):
+    method = make(tiny_teacher, tiny_student, replay=0)
+    before = copy.deepcopy(method.memory_generator.state_dict())
+    fresh, batch = method.fakes(context())
+    assert torch.equal(batch.inputs, fresh)
+    assert {step.role for step in steps(method)} == {"source", "student"}
+    after = method.memory_generator.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    passes = method.passes(method.cfg)
+    assert not any(count for name, count in passes.items() if name.startswith(("enc", "mem")))
+    # One generation and three imitations, twice.
+    assert passes["teacher_forward"] == 2 * 4

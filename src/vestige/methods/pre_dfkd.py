@@ -64,7 +64,7 @@ class PreDFKDConfig(BaseModel):
             Higher remembers better and costs more; at most `student_steps` of them take place.
         batch_size: B, 1024 (reference code). Small batches hurt: the balance is one of a batch.
         replay: remembered images as a share of B, at least 2. 1/8 (reference code). Higher forgets
-            less and sees relatively fewer new images.
+            less and sees relatively fewer new images. 0: without memory, to compare with.
         student_optimizer: "sgd" (reference code) with momentum 0.9, or "adam" (for MNIST).
         student_lr: 0.1 (reference code, SGD).
         student_weight_decay: 5e-4 (reference code).
@@ -96,7 +96,7 @@ class PreDFKDConfig(BaseModel):
     student_steps: int = Field(10, ge=1)
     memory_steps: int = Field(4, ge=1)
     batch_size: int = Field(1024, ge=2)
-    replay: float = Field(0.125, gt=0, le=1)
+    replay: float = Field(0.125, ge=0, le=1)
     student_optimizer: optim.OptimizerName = "sgd"
     student_lr: float = Field(0.1, gt=0)
     student_weight_decay: float = Field(5e-4, ge=0)
@@ -201,9 +201,8 @@ class PreDFKD:
         generator_optimizer = ctx.optimizer(
             "generator", self.generator.parameters(), optim.factory("adam", cfg.generator_lr)
         )
-        remembering = [*self.encoder.parameters(), *self.memory_generator.parameters()]
-        adam = optim.factory("adam", cfg.memory_lr)
-        memory_optimizer = ctx.optimizer("memory", remembering, adam)
+        memory = [*self.encoder.parameters(), *self.memory_generator.parameters()]
+        memory_optimizer = ctx.optimizer("memory", memory, optim.factory("adam", cfg.memory_lr))
         modes.train_mode(self.student)
         self.generator.train()
 
@@ -219,7 +218,7 @@ class PreDFKD:
                     yield ctx.update(
                         "student", self.student, self.imitation, batch, student_optimizer
                     )
-                    if step < cfg.memory_steps:
+                    if self.replayed and step < cfg.memory_steps:
                         half = fresh[: max(2, cfg.batch_size // 2)]
                         target, net = self.memory.target(half, own, ctx.rng), self.memory_generator
                         yield ctx.update(
@@ -268,14 +267,15 @@ class PreDFKD:
         with torch.no_grad():
             noise = latent(cfg.batch_size, cfg.latent_dim, ctx)
             fresh = as_inputs(self.generator(noise), cfg, self.spec)
-        inputs = torch.cat([fresh, self.memory.draw(self.replayed, ctx.rng)])
+        old = [self.memory.draw(self.replayed, ctx.rng)] if self.replayed else []
+        inputs = torch.cat([fresh, *old])
         is_new = torch.arange(len(inputs), device=inputs.device) < len(fresh)
         return fresh, Batch(inputs, extra={"fresh": is_new})
 
     @property
     def replayed(self) -> int:
         """Remembered images in a batch; a single one would have no batch statistics."""
-        return max(2, round(self.cfg.replay * self.cfg.batch_size))
+        return max(2, round(self.cfg.replay * self.cfg.batch_size)) * bool(self.cfg.replay)
 
     def result(self) -> Result:
         """The trained student."""
@@ -284,10 +284,10 @@ class PreDFKD:
     def passes(self, cfg: PreDFKDConfig) -> Mapping[str, float]:
         """Passes of each network per round; see the module docstring."""
         n, k = cfg.iterations, cfg.student_steps
-        m = min(cfg.memory_steps, k)
+        m = min(cfg.memory_steps, k) if cfg.replay else 0
         # Of the memory's own replays those of the first iteration are left out.
         own = m * (n - 1 / cfg.rounds)
-        replays, leaked = n * k + own, own * cfg.leak_latent_grad
+        replays, leaked = n * k * bool(cfg.replay) + own, own * cfg.leak_latent_grad
         passes = {
             "generator_forward": n * (k + 1),
             "generator_backward": n,
