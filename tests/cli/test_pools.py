@@ -97,6 +97,8 @@ def test_another_run_learns_from_a_pool(program, images, folder):
         finding["code"] != "pool-of-another-teacher" for finding in summary["diagnosis"]
     )
     assert [item["purpose"] for item in summary["real_data"]] == ["evaluation"]
+    # This run only read what another had made.
+    assert summary["images_made"] == 0
 
 
 def test_images_are_added_to_an_earlier_pool(program, images):

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -408,7 +408,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _images_made(job: Job, outcome: Outcome) -> int | None:
     """Inputs made for the student, what is replayed counted once; None where nobody can tell.
 
-    Where a source is real the student's inputs are not made; a pool of the method's own still is.
+    Where a source is real or a store the student's inputs were there before; a pool of the method's
+    own is still made.
     """
-    real = any(source.origin not in MADE_UP for source in job.trainer.sources.values())
-    return 0 if real and "pool" not in job.trainer.method.parts() else outcome.images_made
+    sources = job.trainer.sources.values()
+    given = any(isinstance(one, Sized) or one.origin not in MADE_UP for one in sources)
+    return 0 if given and "pool" not in job.trainer.method.parts() else outcome.images_made
