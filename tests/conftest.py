@@ -2,6 +2,9 @@
 
 import os
 import random
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jaxtyping
@@ -35,6 +38,31 @@ def fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def program(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """The command line's `main`: gives exit code, stdout and stderr, in an empty folder."""
+    # After the import hook above.
+    from vestige.cli import main as cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        words = list(map(str, arguments))
+        monkeypatch.setattr(sys, "argv", ["vestige", *words])
+        with pytest.raises(SystemExit) as left:
+            cli.main(words)
+        signal.signal(signal.SIGTERM, handler)
+        out, err = capfd.readouterr()
+        assert "Traceback" not in out + err
+        return int(left.value.code or 0), out, err
+
+    return call
 
 
 def _network(width: int) -> nn.Sequential:

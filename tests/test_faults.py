@@ -32,25 +32,6 @@ STEPS = 18
 Main = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def vestige(capfd, monkeypatch, tmp_path) -> Main:
-    """The program's `main`: gives exit code, stdout and stderr, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "300")
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vestige", *arguments])
-        with pytest.raises(SystemExit) as left:
-            cli.main(list(arguments))
-        signal.signal(signal.SIGTERM, handler)
-        out, err = capfd.readouterr()
-        assert "Traceback" not in out + err
-        return int(left.value.code or 0), out, err
-
-    return call
-
-
 def student(folder: Path) -> bytes:
     return (folder / "student.safetensors").read_bytes()
 
@@ -75,9 +56,9 @@ def whole(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def goes_on(vestige: Main, whole: Path) -> None:
+def goes_on(program: Main, whole: Path) -> None:
     """What was disturbed ends as if nothing had been."""
-    code, _, err = vestige(*RUN, "--resume")
+    code, _, err = program(*RUN, "--resume")
     assert code == 0, err
     assert student(Path("run")) == student(whole)
     assert steps(Path("run")) == steps(whole)
@@ -110,11 +91,11 @@ def fill(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_a_full_disk_is_told_with_the_file_and_the_run_goes_on_with_space(
-    name, vestige, whole, monkeypatch
+    name, program, whole, monkeypatch
 ):
     with monkeypatch.context() as patch:
         fill(patch, name, errno.ENOSPC)
-        code, _, err = vestige(*RUN)
+        code, _, err = program(*RUN)
     assert code == 1
     assert f"{Path('run')}" in err and name in err
     assert "No space left on device; free some space" in err
@@ -124,10 +105,10 @@ def test_a_full_disk_is_told_with_the_file_and_the_run_goes_on_with_space(
     for path in Path("run").glob("*.json"):
         json.loads(path.read_text())
     assert Path("run/summary.json").exists() == (name == "report.html")
-    goes_on(vestige, whole)
+    goes_on(program, whole)
 
 
-def test_a_disk_that_is_full_in_the_middle_of_the_metrics_loses_no_row(vestige, whole, monkeypatch):
+def test_a_disk_that_is_full_in_the_middle_of_the_metrics_loses_no_row(program, whole, monkeypatch):
     class Half:
         """Takes a part of what is written."""
 
@@ -156,32 +137,32 @@ def test_a_disk_that_is_full_in_the_middle_of_the_metrics_loses_no_row(vestige, 
 
     with monkeypatch.context() as patch:
         patch.setattr(metrics, "open", half, raising=False)
-        code, _, err = vestige(*RUN)
+        code, _, err = program(*RUN)
     assert code == 1
     assert "could not write run/metrics.jsonl: No space left on device; free some space" in err
     assert not Path("run/metrics.jsonl").read_bytes().endswith(b"\n")
-    goes_on(vestige, whole)
+    goes_on(program, whole)
 
 
 @pytest.mark.parametrize(
     ("number", "remedy"),
     [(errno.EROFS, "make the folder writable"), (errno.EIO, "see that nothing is in the way")],
 )
-def test_other_faults_of_a_disk_have_remedies_of_their_own(number, remedy, vestige, monkeypatch):
+def test_other_faults_of_a_disk_have_remedies_of_their_own(number, remedy, program, monkeypatch):
     fill(monkeypatch, "run.json", number)
-    code, _, err = vestige(*RUN)
+    code, _, err = program(*RUN)
     assert code == 1
     assert f"could not write run/run.json: {os.strerror(number)}; {remedy}" in err
 
 
-def test_a_file_where_a_folder_should_be_is_told(vestige, whole):
+def test_a_file_where_a_folder_should_be_is_told(program, whole):
     Path("run").mkdir()
     Path("run/checkpoints").write_text("in the way")
-    code, _, err = vestige(*RUN, "--resume")
+    code, _, err = program(*RUN, "--resume")
     assert code == 1
     assert "run/checkpoints" in err and "nothing is in the way" in err
     Path("run/checkpoints").unlink()
-    goes_on(vestige, whole)
+    goes_on(program, whole)
 
 
 # Ctrl-C and SIGTERM, where a run spends its time
@@ -260,15 +241,15 @@ STOPS = [
 
 
 @pytest.mark.parametrize(("place", "act"), STOPS)
-def test_a_stop_anywhere_exits_130_and_the_run_goes_on(place, act, vestige, whole, monkeypatch):
+def test_a_stop_anywhere_exits_130_and_the_run_goes_on(place, act, program, whole, monkeypatch):
     where, told = PLACES[place]
     with monkeypatch.context() as patch:
         where(patch, act)
-        code, _, err = vestige(*RUN)
+        code, _, err = program(*RUN)
     assert code == 130, err
     assert told in err
     assert not list(Path("run").rglob(".*.partial"))
-    goes_on(vestige, whole)
+    goes_on(program, whole)
 
 
 # Wrong requests
@@ -339,9 +320,9 @@ REQUESTS: dict[str, tuple[Callable[[], list[str]], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("request_", REQUESTS)
-def test_a_wrong_request_exits_2_says_what_to_do_and_leaves_nothing(request_, vestige):
+def test_a_wrong_request_exits_2_says_what_to_do_and_leaves_nothing(request_, program):
     make, told = REQUESTS[request_]
-    code, _, err = vestige(*RUN, *make())
+    code, _, err = program(*RUN, *make())
     assert code == 2, err
     for words in told:
         assert words in err
@@ -349,22 +330,22 @@ def test_a_wrong_request_exits_2_says_what_to_do_and_leaves_nothing(request_, ve
     assert not Path("exploded").exists()
 
 
-def test_a_missing_package_exits_2_with_the_one_command(vestige, monkeypatch):
+def test_a_missing_package_exits_2_with_the_one_command(program, monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    code, _, err = vestige(*RUN, "--set", "trainer.track=[tensorboard]")
+    code, _, err = program(*RUN, "--set", "trainer.track=[tensorboard]")
     assert code == 2
     assert "pip install 'vestige[track]'" in err
     assert not Path("run").exists()
 
 
-def test_a_folder_in_which_another_process_runs_is_refused_and_left_alone(vestige, whole):
+def test_a_folder_in_which_another_process_runs_is_refused_and_left_alone(program, whole):
     import shutil
 
     shutil.copytree(whole, "run")
     Path("run/summary.json").unlink()
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     with locked(Path("run")):
-        code, _, err = vestige(*RUN, "--resume")
+        code, _, err = program(*RUN, "--resume")
         assert code == 2
         assert "another process is running in run; wait for it or name another folder" in err
     after = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
@@ -395,7 +376,7 @@ KINDS = [
 
 
 @pytest.fixture
-def copied(whole, vestige) -> Path:
+def copied(whole, program) -> Path:
     import shutil
 
     shutil.copytree(whole, "run")
@@ -404,45 +385,45 @@ def copied(whole, vestige) -> Path:
 
 @pytest.mark.parametrize("garbage", KINDS)
 @pytest.mark.parametrize("file", ["summary.json", "run.json", "metrics.jsonl", "evaluation.json"])
-def test_a_damaged_record_is_made_again_and_the_page_does_without(file, garbage, copied, vestige):
+def test_a_damaged_record_is_made_again_and_the_page_does_without(file, garbage, copied, program):
     student_before = student(copied)
     (copied / file).write_bytes(GARBAGE[garbage])
-    code, _, err = vestige("report", "run", "--out", "page.html")
+    code, _, err = program("report", "run", "--out", "page.html")
     assert code == 0, err
     assert Path("page.html").stat().st_size > 10_000
-    code, _, err = vestige(*RUN, "--resume")
+    code, _, err = program(*RUN, "--resume")
     assert code == 0, err
     assert student(copied) == student_before
     assert json.loads((copied / "summary.json").read_text())["steps"] == STEPS
 
 
 @pytest.mark.parametrize("garbage", KINDS)
-def test_a_damaged_recipe_is_not_resumed_and_nothing_is_lost(garbage, copied, vestige):
+def test_a_damaged_recipe_is_not_resumed_and_nothing_is_lost(garbage, copied, program):
     (copied / "recipe.yaml").write_bytes(GARBAGE[garbage])
     before = student(copied)
-    code, _, err = vestige(*RUN, "--resume")
+    code, _, err = program(*RUN, "--resume")
     assert code == 2, err
     assert "run" in err and ("recipe.yaml" in err or "other settings" in err)
     assert student(copied) == before
-    code, _, err = vestige("report", "run", "--out", "page.html")
+    code, _, err = program("report", "run", "--out", "page.html")
     assert code == 0, err
 
 
 @pytest.mark.parametrize("garbage", KINDS)
-def test_a_damaged_card_is_named(garbage, copied, vestige):
+def test_a_damaged_card_is_named(garbage, copied, program):
     (copied / "student.json").write_bytes(GARBAGE[garbage])
-    code, _, err = vestige("evaluate", "run")
+    code, _, err = program("evaluate", "run")
     assert code == 2, err
     assert "student.json" in err
 
 
-def test_a_damaged_arm_is_run_again(vestige, tmp_path):
+def test_a_damaged_arm_is_run_again(program, tmp_path):
     demo = ("demo", "--preset", "smoke", "--set", "trainer.device=cpu", "--out", "demo")
-    assert vestige(*demo)[0] == 0
+    assert program(*demo)[0] == 0
     before = json.loads(Path("demo/summary.json").read_text())["arms"]
     names = sorted(path.name for path in Path("demo/arms").iterdir())
     Path("demo/arms", names[0], "summary.json").write_bytes(b"{")
     Path("demo/arms", names[1], "run.json").write_bytes(b"[]")
-    code, _, err = vestige(*demo, "--resume")
+    code, _, err = program(*demo, "--resume")
     assert code == 0, err
     assert json.loads(Path("demo/summary.json").read_text())["arms"] == before

@@ -43,23 +43,6 @@ def run(*arguments: str) -> str:
     return result.output
 
 
-@pytest.fixture
-def vestige(capfd, monkeypatch, tmp_path):
-    """The program's `main`: gives exit code, stdout and stderr, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vestige", *arguments])
-        with pytest.raises(SystemExit) as left:
-            cli.main(list(arguments))
-        out, err = capfd.readouterr()
-        assert "Traceback" not in out + err
-        return int(left.value.code or 0), out, err
-
-    return call
-
-
 def process(*arguments: str, cwd: Path, **given) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.Popen(
@@ -136,12 +119,12 @@ def test_lists_hold_everything_there_is():
     assert data[BUILT_IN]["splits"] == {"train": 1168, "select": 129, "test": 500}
 
 
-def test_without_filters_methods_and_is_refused_elsewhere(vestige):
+def test_without_filters_methods_and_is_refused_elsewhere(program):
     kept = json.loads(run("list", "methods", "--json", "--without", "batchnorm"))
     assert all(not row["batchnorm"] for row in kept)
-    assert vestige("list", "models", "--without", "batchnorm")[0] == 2
-    assert vestige("list", "methods", "--without", "x")[0] == 2
-    assert vestige("list", "nothing")[0] == 2
+    assert program("list", "models", "--without", "batchnorm")[0] == 2
+    assert program("list", "methods", "--without", "x")[0] == 2
+    assert program("list", "nothing")[0] == 2
 
 
 # Recipes
@@ -165,9 +148,9 @@ def test_show_prints_a_recipe_that_is_valid_and_the_same(name, tmp_path):
     assert "is valid" in run("validate", str(tmp_path / "shown.yaml"))
 
 
-def test_validate_tells_every_mistake_and_exits_2(vestige):
+def test_validate_tells_every_mistake_and_exits_2(program):
     wrong = ["config.rouns=1", "trainer.devce=cpu", "seed=-1", "student.args.wdths=[1]"]
-    code, out, err = vestige("validate", "dfad", *(x for w in wrong for x in ("--set", w)))
+    code, out, err = program("validate", "dfad", *(x for w in wrong for x in ("--set", w)))
     assert (code, out) == (2, "")
     assert "the recipe has 4 mistakes" in err
     for nearest in ("'rounds'", "'device'", "'widths'"):
@@ -176,8 +159,8 @@ def test_validate_tells_every_mistake_and_exits_2(vestige):
 
 
 @pytest.mark.parametrize("command", ["run", "show", "validate"])
-def test_an_unknown_recipe_exits_2_and_names_the_nearest(command, vestige):
-    code, _, err = vestige(command, "dfda")
+def test_an_unknown_recipe_exits_2_and_names_the_nearest(command, program):
+    code, _, err = program(command, "dfda")
     assert code == 2
     assert "got recipe 'dfda'" in err
     assert "did you mean 'dfad'?" in err
@@ -211,17 +194,17 @@ def test_an_unknown_recipe_exits_2_and_names_the_nearest(command, vestige):
     ],
     ids=" ".join,
 )
-def test_a_wrong_request_exits_2_with_a_message_and_leaves_nothing(arguments, vestige, tmp_path):
-    code, _, err = vestige(*arguments)
+def test_a_wrong_request_exits_2_with_a_message_and_leaves_nothing(arguments, program, tmp_path):
+    code, _, err = program(*arguments)
     assert code == 2
     assert err.strip()
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_data_set_says_where_to_put_which_file(vestige, monkeypatch, tmp_path):
+def test_a_missing_data_set_says_where_to_put_which_file(program, monkeypatch, tmp_path):
     monkeypatch.setenv("VESTIGE_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("VESTIGE_CACHE", str(tmp_path / "cache"))
-    code, _, err = vestige("run", "dfad", *CPU, "--set", "data=mnist", "--out", "x")
+    code, _, err = program("run", "dfad", *CPU, "--set", "data=mnist", "--out", "x")
     assert code == 2
     assert str(tmp_path / "data/mnist/test.npz") in err
     assert "Put train.npz and test.npz into" in err
@@ -231,8 +214,8 @@ def test_a_missing_data_set_says_where_to_put_which_file(vestige, monkeypatch, t
 # Runs
 
 
-def test_a_run_writes_its_folder_once_and_says_where(vestige, tmp_path):
-    code, out, _ = vestige("run", "dfad", "--preset", "smoke", *CPU, "--out", "x[/b]")
+def test_a_run_writes_its_folder_once_and_says_where(program, tmp_path):
+    code, out, _ = program("run", "dfad", "--preset", "smoke", *CPU, "--out", "x[/b]")
     assert code == 0
     assert "x[/b]: samples.png, report.html, summary.json, student.safetensors" in out
     record = json.loads((tmp_path / "x[/b]/run.json").read_text())
@@ -240,35 +223,35 @@ def test_a_run_writes_its_folder_once_and_says_where(vestige, tmp_path):
     assert shlex.split(record["command"])[-1] == "x[/b]"
     assert json.loads((tmp_path / "x[/b]/summary.json").read_text())["complete"]
 
-    code, _, err = vestige("run", "dfad", "--preset", "smoke", *CPU, "--out", "x[/b]")
+    code, _, err = program("run", "dfad", "--preset", "smoke", *CPU, "--out", "x[/b]")
     assert code == 2
     assert "is not empty; add --resume" in err
 
-    code, _, err = vestige(
+    code, _, err = program(
         "run", "dfad", "--preset", "smoke", *CPU, "--out", "x[/b]", "--resume", "--seed", "1"
     )
     assert code == 2
     assert "other settings (seed)" in err
 
-    code, _, _ = vestige("run", "dfad", "--preset", "smoke", *CPU, "--out", "x[/b]", "--resume")
+    code, _, _ = program("run", "dfad", "--preset", "smoke", *CPU, "--out", "x[/b]", "--resume")
     assert code == 0
 
 
-def test_folders_are_numbered_and_resume_takes_the_newest(vestige, tmp_path):
+def test_folders_are_numbered_and_resume_takes_the_newest(program, tmp_path):
     kd = ("run", "kd", "--preset", "smoke", *CPU)
     for expected in ("kd-seed0", "kd-seed0-2", "kd-seed0-3"):
-        assert vestige(*kd)[0] == 0
+        assert program(*kd)[0] == 0
         assert (tmp_path / "runs" / expected / "summary.json").is_file()
-    assert vestige(*kd, "--seed", "7")[0] == 0
+    assert program(*kd, "--seed", "7")[0] == 0
     assert (tmp_path / "runs/kd-seed7").is_dir()
     (tmp_path / "runs/kd-seed0-3/summary.json").unlink()
-    assert vestige(*kd, "--resume")[0] == 0
+    assert program(*kd, "--resume")[0] == 0
     assert (tmp_path / "runs/kd-seed0-3/summary.json").is_file()
     assert not (tmp_path / "runs/kd-seed0-4").exists()
 
 
-def test_the_demo_shows_every_arm_and_the_report_compares_runs(vestige, tmp_path):
-    code, out, _ = vestige("demo", "--preset", "smoke", *CPU, "--out", "demo")
+def test_the_demo_shows_every_arm_and_the_report_compares_runs(program, tmp_path):
+    code, out, _ = program("demo", "--preset", "smoke", *CPU, "--out", "demo")
     assert code == 0
     recipe = load_recipe("demo")
     for arm in recipe.arms.values():
@@ -280,16 +263,16 @@ def test_the_demo_shows_every_arm_and_the_report_compares_runs(vestige, tmp_path
     assert set(json.loads((tmp_path / "demo/summary.json").read_text())["arms"]) == set(recipe.arms)
 
     arms = [f"demo/arms/{name}" for name in ("dfad-bn", "noise")]
-    code, out, _ = vestige("report", *arms, "--out", "both.html")
+    code, out, _ = program("report", *arms, "--out", "both.html")
     assert (code, out.strip()) == (0, "both.html")
     page = (tmp_path / "both.html").read_text()
     assert "dfad-bn" in page and "noise" in page
-    code, out, _ = vestige("report", "demo")
+    code, out, _ = program("report", "demo")
     assert (code, out.strip()) == (0, "demo/report.html")
 
 
-def test_a_loss_that_becomes_nan_exits_1_and_names_the_step(vestige, tmp_path):
-    code, _, err = vestige(
+def test_a_loss_that_becomes_nan_exits_1_and_names_the_step(program, tmp_path):
+    code, _, err = program(
         "run", "dfad", "--preset", "smoke", *CPU, "--set", "config.student_lr=1e30", "--out", "x"
     )
     assert code == 1
@@ -299,34 +282,34 @@ def test_a_loss_that_becomes_nan_exits_1_and_names_the_step(vestige, tmp_path):
     assert not (tmp_path / "x/summary.json").exists()
 
 
-def test_a_folder_that_cannot_be_written_exits_with_a_message(vestige, tmp_path):
+def test_a_folder_that_cannot_be_written_exits_with_a_message(program, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    code, _, err = vestige("run", "kd", "--preset", "smoke", *CPU, "--out", "file/run")
+    code, _, err = program("run", "kd", "--preset", "smoke", *CPU, "--out", "file/run")
     assert code == 1
     assert "could not read or write" in err
-    code, _, err = vestige("run", "kd", "--preset", "smoke", *CPU, "--out", "file")
+    code, _, err = program("run", "kd", "--preset", "smoke", *CPU, "--out", "file")
     assert code == 2
     assert "is a file, expected a folder" in err
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_a_read_only_folder_exits_with_a_message(vestige, tmp_path):
+def test_a_read_only_folder_exits_with_a_message(program, tmp_path):
     folder = tmp_path / "locked"
     folder.mkdir(mode=0o500)
     if os.access(folder, os.W_OK):
         pytest.skip("needs a user who cannot write everywhere; this one is root")
-    code, _, err = vestige("run", "kd", "--preset", "smoke", *CPU, "--out", "locked/run")
+    code, _, err = program("run", "kd", "--preset", "smoke", *CPU, "--out", "locked/run")
     assert code in (1, 2)
     assert "locked" in err
 
 
-def test_training_a_teacher_leaves_weights_and_card(vestige, tmp_path):
+def test_training_a_teacher_leaves_weights_and_card(program, tmp_path):
     from vestige.recipes.teacher_schema import RECIPES_FOLDER
 
     values = yaml.safe_load((RECIPES_FOLDER / "digits-convnet.yaml").read_text())
     values["training"]["epochs"] = 1
     (tmp_path / "quick.yaml").write_text(yaml.safe_dump(values))
-    code, out, _ = vestige("train-teacher", "quick.yaml", "--out", "made")
+    code, out, _ = program("train-teacher", "quick.yaml", "--out", "made")
     assert code == 0
     card = json.loads((tmp_path / "made/quick.json").read_text())
     assert f"test accuracy {card['accuracy']:.1%}" in out

@@ -2,13 +2,11 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from vestige.cli import main as cli
 from vestige.data.image import load_images
 from vestige.recipes.loading import load_recipe
 from vestige.recipes.run import run_recipe
@@ -17,23 +15,6 @@ from vestige.recipes.teacher_schema import load_teacher_recipe
 from vestige.training.pictures import save_png
 
 TEACHER = "builtin:digits-convnet"
-
-
-@pytest.fixture
-def vestige(capfd, monkeypatch, tmp_path):
-    """The program's `main`: gives exit code, stdout and stderr, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vestige", *arguments])
-        with pytest.raises(SystemExit) as left:
-            cli.main(list(map(str, arguments)))
-        out, err = capfd.readouterr()
-        assert "Traceback" not in out + err
-        return int(left.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -48,81 +29,81 @@ def save_npz(path: Path, images, labels, classes) -> None:
     np.savez(path, x=images, y=np.asarray(labels, np.int64), classes=np.array(classes))
 
 
-def test_a_run_is_judged_as_it_was(vestige, run):
-    code, out, _ = vestige("evaluate", str(run), "--json")
+def test_a_run_is_judged_as_it_was(program, run):
+    code, out, _ = program("evaluate", str(run), "--json")
     assert code == 0
     found = json.loads(out)
     summary = json.loads((run / "summary.json").read_text())
     assert found["scores"]["accuracy"] == summary["student"]["score"]
     assert found["details"]["teacher"]["accuracy"] == summary["teacher"]["score"]
     assert (found["data"], found["inputs"], found["teacher"]) == ("digits/test", 500, TEACHER)
-    code, out, _ = vestige("evaluate", str(run))
+    code, out, _ = program("evaluate", str(run))
     assert code == 0
     share = found["details"]["agreement"]["share"]
     assert f"agrees with its teacher ({TEACHER}, accuracy 99.40%) on {share:.2%}" in out
     assert f"accuracy {found['scores']['accuracy']:.2%}" in out
 
 
-def test_weights_and_cards_name_the_same_network(vestige, run):
+def test_weights_and_cards_name_the_same_network(program, run):
     prints = set()
     for target in (run, run / "student.json", run / "student.safetensors"):
-        code, out, _ = vestige("evaluate", str(target), "--data", "digits", "--json")
+        code, out, _ = program("evaluate", str(target), "--data", "digits", "--json")
         assert code == 0
         prints.add(json.loads(out)["fingerprint"])
     assert len(prints) == 1
 
 
-def test_another_split_is_another_score(vestige, run):
-    code, out, _ = vestige("evaluate", str(run), "--split", "select", "--json")
+def test_another_split_is_another_score(program, run):
+    code, out, _ = program("evaluate", str(run), "--split", "select", "--json")
     assert code == 0
     assert (json.loads(out)["data"], json.loads(out)["inputs"]) == ("digits/select", 129)
 
 
-def test_a_teachers_card_as_train_teacher_writes_it(vestige, tmp_path):
+def test_a_teachers_card_as_train_teacher_writes_it(program, tmp_path):
     recipe = load_teacher_recipe("digits-convnet")
     quick = recipe.model_copy(update={"training": recipe.training.model_copy(update={"epochs": 1})})
     _, card = train_teacher(quick, tmp_path)
     for name in ("digits-convnet.json", "digits-convnet.safetensors"):
-        code, out, _ = vestige("evaluate", name, "--data", "digits", "--json")
+        code, out, _ = program("evaluate", name, "--data", "digits", "--json")
         assert code == 0
         assert json.loads(out)["scores"]["accuracy"] == card.accuracy
 
 
-def test_a_mapping_says_what_no_card_says(vestige, run):
+def test_a_mapping_says_what_no_card_says(program, run):
     mapping = (
         f"{{model: convnet, weights: {run / 'student.safetensors'}, num_classes: 10, "
         "input: {channels: 1, height: 16, width: 16, mean: [0.3058], std: [0.3193]}, args: ARGS}"
     )
     card = json.loads((run / "student.json").read_text())
     mapping = mapping.replace("convnet", card["model"]).replace("ARGS", json.dumps(card["args"]))
-    code, out, _ = vestige("evaluate", mapping, "--data", "digits", "--json")
+    code, out, _ = program("evaluate", mapping, "--data", "digits", "--json")
     assert code == 0
     summary = json.loads((run / "summary.json").read_text())
     assert json.loads(out)["scores"]["accuracy"] == summary["student"]["score"]
 
 
-def test_a_file_of_ones_own(vestige, tmp_path):
+def test_a_file_of_ones_own(program, tmp_path):
     test = load_images("digits", "test")
     save_npz(tmp_path / "mine.npz", test.images[:60], test.labels[:60], test.classes)
-    code, out, _ = vestige("evaluate", TEACHER, "--data", "mine.npz", "--json")
+    code, out, _ = program("evaluate", TEACHER, "--data", "mine.npz", "--json")
     assert code == 0
     found = json.loads(out)
     assert (found["data"], found["inputs"]) == ("mine/test", 60)
     assert found["scores"]["accuracy"] > 0.95
 
 
-def test_classes_are_matched_by_name(vestige, tmp_path):
+def test_classes_are_matched_by_name(program, tmp_path):
     test = load_images("digits", "test")
     save_npz(tmp_path / "turned.npz", test.images, 9 - test.labels, test.classes[::-1])
     few = test.labels < 3
     save_npz(tmp_path / "few.npz", test.images[few], test.labels[few], test.classes[:3])
     for name, inputs in (("turned.npz", 500), ("few.npz", 150)):
-        code, out, err = vestige("evaluate", TEACHER, "--data", name, "--json")
+        code, out, err = program("evaluate", TEACHER, "--data", name, "--json")
         assert (code, json.loads(out)["inputs"]) == (0, inputs), err
         assert json.loads(out)["scores"]["accuracy"] > 0.99
 
 
-def test_pictures_in_class_folders(vestige, tmp_path):
+def test_pictures_in_class_folders(program, tmp_path):
     test = load_images("digits", "test")
     for index in range(0, 100):
         folder = tmp_path / "mine" / "test" / str(test.labels[index])
@@ -133,36 +114,36 @@ def test_pictures_in_class_folders(vestige, tmp_path):
         if index == 7:  # of another size
             picture = picture.repeat(2, 0).repeat(2, 1)
         save_png(picture, folder / f"{index}.png")
-    code, out, _ = vestige("evaluate", TEACHER, "--data", "mine", "--json")
+    code, out, _ = program("evaluate", TEACHER, "--data", "mine", "--json")
     assert code == 0
     found = json.loads(out)
     assert found["inputs"] == 100
     assert found["scores"]["accuracy"] > 0.95
     # Without a folder of the split's name the pictures lie in the folder itself.
-    code, again, _ = vestige("evaluate", TEACHER, "--data", "mine/test", "--json")
+    code, again, _ = program("evaluate", TEACHER, "--data", "mine/test", "--json")
     assert json.loads(again)["scores"] == found["scores"]
     (tmp_path / "mine/test/0/broken.png").write_bytes(b"no picture")
-    code, _, err = vestige("evaluate", TEACHER, "--data", "mine")
+    code, _, err = program("evaluate", TEACHER, "--data", "mine")
     assert code == 2
     assert "broken.png, which cannot be read as a picture" in err
 
 
 def test_classes_with_other_names_are_compared_by_number_and_that_is_said(
-    vestige, tmp_path, caplog
+    program, tmp_path, caplog
 ):
     test = load_images("digits", "test")
     save_npz(tmp_path / "named.npz", test.images, test.labels, [f"n{i}" for i in range(10)])
-    code, out, _ = vestige("evaluate", TEACHER, "--data", "named.npz")
+    code, out, _ = program("evaluate", TEACHER, "--data", "named.npz")
     assert code == 0
     assert "accuracy 99.40%" in out
     assert "compared by their numbers" in caplog.text
 
 
-def test_classes_that_do_not_fit_are_refused(vestige, tmp_path):
+def test_classes_that_do_not_fit_are_refused(program, tmp_path):
     test = load_images("digits", "test")
     few = test.labels < 3
     save_npz(tmp_path / "three.npz", test.images[few], test.labels[few], ["a", "b", "c"])
-    code, _, err = vestige("evaluate", TEACHER, "--data", "three.npz")
+    code, _, err = program("evaluate", TEACHER, "--data", "three.npz")
     assert code == 2
     assert "got 3 classes in three (a, b, c), expected the 10 of the network (0, 1, 2" in err
 
@@ -182,41 +163,41 @@ def test_classes_that_do_not_fit_are_refused(vestige, tmp_path):
         ((".", "--data", "digits"), "holds no student.json"),
     ],
 )
-def test_mistakes_exit_2_with_a_message(vestige, arguments, message):
-    code, _, err = vestige("evaluate", *arguments)
+def test_mistakes_exit_2_with_a_message(program, arguments, message):
+    code, _, err = program("evaluate", *arguments)
     assert code == 2
     assert message in err
 
 
-def test_a_run_from_python_has_no_teacher_to_agree_with(vestige, run, tmp_path):
+def test_a_run_from_python_has_no_teacher_to_agree_with(program, run, tmp_path):
     for name in ("student.json", "student.safetensors"):
         (tmp_path / name).write_bytes((run / name).read_bytes())
     (tmp_path / "recipe.yaml").write_text("method: kd\nconfig: {}\nseed: 0\n")
-    code, out, _ = vestige("evaluate", str(tmp_path), "--data", "digits", "--json")
+    code, out, _ = program("evaluate", str(tmp_path), "--data", "digits", "--json")
     assert code == 0
     assert json.loads(out)["details"]["agreement"] is None
 
 
-def test_export_says_what_it_wrote(vestige, run, tmp_path):
-    code, out, _ = vestige("export", str(run), "--to", "safetensors", "--out", "a")
+def test_export_says_what_it_wrote(program, run, tmp_path):
+    code, out, _ = program("export", str(run), "--to", "safetensors", "--out", "a")
     assert code == 0
     assert out.strip() == "a/student.safetensors, with student.json"
-    code, out, _ = vestige("export", str(run), "--to", "hub", "--out", "b")
+    code, out, _ = program("export", str(run), "--to", "hub", "--out", "b")
     assert code == 0
     assert "hf upload ORG/NAME b" in out
     assert (tmp_path / "b/README.md").is_file()
 
 
-def test_export_to_onnx_prints_the_difference(vestige, run):
+def test_export_to_onnx_prints_the_difference(program, run):
     pytest.importorskip("onnxscript", reason="needs the extra [export]")
-    code, out, _ = vestige("export", str(run), "--to", "onnx", "--normalize", "--out", "a")
+    code, out, _ = program("export", str(run), "--to", "onnx", "--normalize", "--out", "a")
     assert code == 0
     assert re.search(r"a/student\.onnx: opset 18, .* by at most \d", out)
 
 
-def test_export_without_its_packages_names_the_command(vestige, run, monkeypatch):
+def test_export_without_its_packages_names_the_command(program, run, monkeypatch):
     monkeypatch.setattr("vestige.training.export.onnx_file.find_spec", lambda name: None)
-    code, _, err = vestige("export", str(run), "--to", "onnx")
+    code, _, err = program("export", str(run), "--to", "onnx")
     assert code == 2
     assert "pip install 'vestige[export]'" in err
 
@@ -230,23 +211,23 @@ def test_export_without_its_packages_names_the_command(vestige, run, monkeypatch
         (("RUN", "--to", "onnx", "--factory", "no_such:thing"), "got factory 'no_such:thing'"),
     ],
 )
-def test_mistakes_of_an_export_exit_2(vestige, run, arguments, message):
+def test_mistakes_of_an_export_exit_2(program, run, arguments, message):
     if "--factory" in arguments:
         pytest.importorskip("onnxscript", reason="needs the extra [export]")
-    code, _, err = vestige("export", *(str(run) if one == "RUN" else one for one in arguments))
+    code, _, err = program("export", *(str(run) if one == "RUN" else one for one in arguments))
     assert code == 2
     assert message in err
 
 
-def test_a_spent_budget_exits_1_and_a_larger_one_goes_on(vestige, tmp_path):
+def test_a_spent_budget_exits_1_and_a_larger_one_goes_on(program, tmp_path):
     asked = ("run", "kd", "--preset", "smoke", "--set", "trainer.device=cpu", "--out", "x")
     hidden = (*asked, "--set", "access=scores", "--set")
-    code, _, err = vestige(*hidden, "query_budget=40")
+    code, _, err = program(*hidden, "query_budget=40")
     assert code == 1
     assert re.search(r"of 40 are used; .* The last checkpoint, at step \d+, is kept", err)
     assert list((tmp_path / "x/checkpoints").glob("*.safetensors"))
     assert not (tmp_path / "x/summary.json").exists()
-    code, _, err = vestige(*hidden, "query_budget=1000000", "--resume")
+    code, _, err = program(*hidden, "query_budget=1000000", "--resume")
     assert code == 0, err
     summary = json.loads((tmp_path / "x/summary.json").read_text())
     assert summary["teacher_queries"] == summary["steps"] * 16

@@ -1,7 +1,6 @@
 """Pools from the command line: made, shown, drawn from by another run, and mistakes."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,27 +9,9 @@ import torch
 from torch import nn
 
 import vestige
-from vestige.cli import main as cli
 from vestige.sources.pool import Pool
 
 CPU = ["--set", "trainer.device=cpu"]
-
-
-@pytest.fixture
-def program(capfd, monkeypatch, tmp_path):
-    """The program's `main`: gives exit code, stdout and stderr, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vestige", *arguments])
-        with pytest.raises(SystemExit) as left:
-            cli.main(list(arguments))
-        out, err = capfd.readouterr()
-        assert "Traceback" not in out + err
-        return int(left.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vestige.cli import main as cli
 from vestige.cli import progress as progress_module
 from vestige.cli.progress import RunProgress
 from vestige.recipes.estimate import Estimate
@@ -18,23 +17,6 @@ from vestige.training.tracking import Event
 
 CPU = ["--set", "trainer.device=cpu"]
 SMOKE = ["--preset", "smoke", *CPU]
-
-
-@pytest.fixture
-def vestige(capfd, monkeypatch, tmp_path):
-    """The program's `main`: gives exit code, stdout and stderr, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vestige", *arguments])
-        with pytest.raises(SystemExit) as left:
-            cli.main(list(arguments))
-        out, err = capfd.readouterr()
-        assert "Traceback" not in out + err
-        return int(left.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture
@@ -53,8 +35,8 @@ def long_run(monkeypatch):
 # Comparisons
 
 
-def test_compare_runs_each_method_in_its_folder_and_prints_one_table(vestige, tmp_path):
-    code, out, _ = vestige("run", "--compare", "kd, dfad", "dfad", *SMOKE)
+def test_compare_runs_each_method_in_its_folder_and_prints_one_table(program, tmp_path):
+    code, out, _ = program("run", "--compare", "kd, dfad", "dfad", *SMOKE)
     assert code == 0
     folder = tmp_path / "runs/dfad-compared-seed0"
     assert {path.name for path in (folder / "arms").iterdir()} == {"dfad", "kd"}
@@ -67,12 +49,12 @@ def test_compare_runs_each_method_in_its_folder_and_prints_one_table(vestige, tm
     assert [row["gap_closed"] for row in summary["arm_details"]] == [None, None]
     # Whole already, so it is only gathered again.
     before = (folder / "arms/kd/summary.json").read_bytes()
-    assert vestige("run", "--compare", "kd,dfad", "dfad", *SMOKE, "--resume")[0] == 0
+    assert program("run", "--compare", "kd,dfad", "dfad", *SMOKE, "--resume")[0] == 0
     assert (folder / "arms/kd/summary.json").read_bytes() == before
 
 
-def test_the_help_says_what_a_comparison_has_in_common(vestige):
-    _, out, _ = vestige("run", "--help")
+def test_the_help_says_what_a_comparison_has_in_common(program):
+    _, out, _ = program("run", "--help")
     told = " ".join(out.replace("│", " ").split())
     assert "the recipe's teacher, student, seed, data and budget" in told
     assert "as in the arm or the shipped recipe of any other" in told
@@ -81,113 +63,113 @@ def test_the_help_says_what_a_comparison_has_in_common(vestige):
 # Estimates
 
 
-def test_a_dry_run_builds_says_what_it_takes_and_leaves_nothing(vestige, tmp_path, long_run):
-    code, out, _ = vestige("run", "dfad", *SMOKE, "--dry-run", "--out", "later")
+def test_a_dry_run_builds_says_what_it_takes_and_leaves_nothing(program, tmp_path, long_run):
+    code, out, _ = program("run", "dfad", *SMOKE, "--dry-run", "--out", "later")
     assert code == 0
     assert "about 15 min, 1,000 inputs through the teacher, 12 MiB on disk" in out
     assert "would write to later; nothing was run" in out
     assert len(long_run) == 1
     assert not list(tmp_path.iterdir())
 
-    code, out, _ = vestige("run", "--compare", "dfad,kd", "dfad", *SMOKE, "--dry-run")
+    code, out, _ = program("run", "--compare", "dfad,kd", "dfad", *SMOKE, "--dry-run")
     assert code == 0
     assert "All 2 arms: about 30.0 min" in out
     assert "would write to runs/dfad-compared-seed0" in out
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_finds_what_only_building_finds(vestige, tmp_path):
-    code, _, err = vestige("run", "kd", "--set", "num_classes=7", "--dry-run")
+def test_a_dry_run_finds_what_only_building_finds(program, tmp_path):
+    code, _, err = program("run", "kd", "--set", "num_classes=7", "--dry-run")
     assert code == 2
     assert "num_classes: got 7, expected 10" in err
 
 
-def test_a_long_run_is_estimated_once_and_not_again_on_resume(vestige, tmp_path, long_run):
+def test_a_long_run_is_estimated_once_and_not_again_on_resume(program, tmp_path, long_run):
     steps = ["--set", "trainer.max_steps=12"]
-    code, _, err = vestige("run", "dfad", *SMOKE, *steps, "--out", "x")
+    code, _, err = program("run", "dfad", *SMOKE, *steps, "--out", "x")
     assert (code, len(long_run)) == (0, 1)
     assert "Estimate: about 15 min" in err
-    code, _, err = vestige("run", "dfad", *SMOKE, "--out", "x", "--resume")
+    code, _, err = program("run", "dfad", *SMOKE, "--out", "x", "--resume")
     assert (code, len(long_run)) == (0, 1)
     assert "Estimate" not in err
 
 
-def test_a_short_run_says_nothing_of_its_length(vestige, monkeypatch):
+def test_a_short_run_says_nothing_of_its_length(program, monkeypatch):
     monkeypatch.setattr("vestige.recipes.estimate.estimate", lambda job: Estimate(0.9, 1, 1.0))
-    assert "Estimate" not in vestige("run", "kd", *SMOKE)[2]
+    assert "Estimate" not in program("run", "kd", *SMOKE)[2]
     monkeypatch.setattr("vestige.recipes.estimate.estimate", lambda job: Estimate())
-    assert "Estimate" not in vestige("run", "kd", *SMOKE)[2]
+    assert "Estimate" not in program("run", "kd", *SMOKE)[2]
 
 
 # Going on
 
 
-def test_a_whole_run_is_not_repeated_and_its_report_is_written_again(vestige, tmp_path):
-    assert vestige("run", "dfad", *SMOKE, "--out", "x")[0] == 0
+def test_a_whole_run_is_not_repeated_and_its_report_is_written_again(program, tmp_path):
+    assert program("run", "dfad", *SMOKE, "--out", "x")[0] == 0
     (tmp_path / "x/report.html").unlink()
     kept = {path: path.read_bytes() for path in (tmp_path / "x").rglob("*") if path.is_file()}
-    assert vestige("run", "dfad", *SMOKE, "--out", "x", "--resume")[0] == 0
+    assert program("run", "dfad", *SMOKE, "--out", "x", "--resume")[0] == 0
     assert (tmp_path / "x/report.html").is_file()
     assert kept == {path: path.read_bytes() for path in kept}
 
 
-def test_a_stop_while_the_report_is_written_leaves_a_whole_run(vestige, tmp_path, monkeypatch):
+def test_a_stop_while_the_report_is_written_leaves_a_whole_run(program, tmp_path, monkeypatch):
     def stop(*arguments, **given):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr("vestige.recipes.run.write_report", stop)
-        code, _, err = vestige("run", "dfad", *SMOKE, "--out", "x")
+        code, _, err = program("run", "dfad", *SMOKE, "--out", "x")
     assert code == 130
     assert "the run in x is whole, and --resume writes its report" in err
     assert json.loads((tmp_path / "x/summary.json").read_text())["complete"]
     assert not (tmp_path / "x/report.html").exists()
-    assert vestige("run", "dfad", *SMOKE, "--out", "x", "--resume")[0] == 0
+    assert program("run", "dfad", *SMOKE, "--out", "x", "--resume")[0] == 0
     assert (tmp_path / "x/report.html").is_file()
 
 
 def test_a_stop_while_the_result_is_written_goes_on_from_the_checkpoint(
-    vestige, tmp_path, monkeypatch
+    program, tmp_path, monkeypatch
 ):
     def stop(*arguments, **given):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr("vestige.recipes.run.write_student", stop)
-        code, _, err = vestige("run", "dfad", *SMOKE, "--out", "x")
+        code, _, err = program("run", "dfad", *SMOKE, "--out", "x")
     assert code == 130
     assert "--resume goes on from the last checkpoint" in err
     assert not (tmp_path / "x/summary.json").exists()
-    assert vestige("run", "dfad", *SMOKE, "--out", "x", "--resume")[0] == 0
+    assert program("run", "dfad", *SMOKE, "--out", "x", "--resume")[0] == 0
     assert json.loads((tmp_path / "x/summary.json").read_text())["steps"] == 24
 
 
-def test_resume_without_checkpoints_says_that_it_starts_anew(vestige, tmp_path, caplog):
-    assert vestige("run", "dfad", *SMOKE, "--out", "x")[0] == 0
+def test_resume_without_checkpoints_says_that_it_starts_anew(program, tmp_path, caplog):
+    assert program("run", "dfad", *SMOKE, "--out", "x")[0] == 0
     for path in (tmp_path / "x/checkpoints").iterdir():
         path.unlink()
     (tmp_path / "x/summary.json").unlink()
-    assert vestige("run", "dfad", *SMOKE, "--out", "x", "--resume")[0] == 0
+    assert program("run", "dfad", *SMOKE, "--out", "x", "--resume")[0] == 0
     assert "x holds no checkpoint to go on from; the run starts anew" in caplog.messages
     # In a folder where nothing ever ran, that is no news.
     caplog.clear()
-    assert vestige("run", "dfad", *SMOKE, "--out", "y", "--resume")[0] == 0
+    assert program("run", "dfad", *SMOKE, "--out", "y", "--resume")[0] == 0
     assert not any("anew" in message for message in caplog.messages)
 
 
 # Recipes
 
 
-def test_show_and_validate_take_plug_ins_and_seed(vestige):
-    code, out, _ = vestige("show", "kd", "--seed", "5")
+def test_show_and_validate_take_plug_ins_and_seed(program):
+    code, out, _ = program("show", "kd", "--seed", "5")
     assert (code, yaml.safe_load(out)["seed"]) == (0, 5)
-    code, _, err = vestige("validate", "kd", "--plugin", "no-such", "--seed", "5")
+    code, _, err = program("validate", "kd", "--plugin", "no-such", "--seed", "5")
     assert code == 2
     assert "plugins.0.name: got plugin 'no-such'" in err
 
 
-def test_validate_counts_what_the_machine_lacks(vestige):
-    code, out, err = vestige(
+def test_validate_counts_what_the_machine_lacks(program):
+    code, out, err = program(
         *("validate", "kd", "--set", "config.rouns=1", "--set", "data=no-such-set"),
         *("--set", "sources.inputs={kind: factory, factory: 'no_such:thing'}"),
     )
@@ -197,7 +179,7 @@ def test_validate_counts_what_the_machine_lacks(vestige):
         assert expected in err
 
 
-def test_a_factory_beside_the_recipe_is_found(vestige, tmp_path, monkeypatch):
+def test_a_factory_beside_the_recipe_is_found(program, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     (tmp_path / "net_beside_the_recipe.py").write_text(
         "from torch import nn\n"
@@ -205,12 +187,12 @@ def test_a_factory_beside_the_recipe_is_found(vestige, tmp_path, monkeypatch):
     )
     made = "student={factory: 'net_beside_the_recipe:make', name: null, args: {widths: 1}}"
     chosen = ["--set", made, "--set", "student.args='!drop'"]
-    assert vestige("validate", "kd", *chosen)[0] == 0
-    assert vestige("run", "kd", *SMOKE, *chosen, "--out", "x")[0] == 0
+    assert program("validate", "kd", *chosen)[0] == 0
+    assert program("run", "kd", *SMOKE, *chosen, "--out", "x")[0] == 0
 
 
-def test_track_is_short_for_a_setting_of_the_trainer(vestige):
-    code, _, err = vestige("run", "kd", *SMOKE, "--track", "no-such-tracker")
+def test_track_is_short_for_a_setting_of_the_trainer(program):
+    code, _, err = program("run", "kd", *SMOKE, "--track", "no-such-tracker")
     assert code == 2
     assert "trainer.track" in err and "no-such-tracker" in err
 
@@ -218,14 +200,14 @@ def test_track_is_short_for_a_setting_of_the_trainer(vestige):
 # What others read
 
 
-def test_version_and_nearest_names(vestige):
+def test_version_and_nearest_names(program):
     from vestige import __version__
 
-    code, out, _ = vestige("--version")
+    code, out, _ = program("--version")
     assert (code, out.strip()) == (0, f"vestige {__version__}")
-    code, _, err = vestige("rn")
+    code, _, err = program("rn")
     assert code == 2 and "'run'" in err
-    code, _, err = vestige("run", "kd", "--presets", "smoke")
+    code, _, err = program("run", "kd", "--presets", "smoke")
     assert code == 2 and "--preset" in err
 
 
@@ -317,8 +299,8 @@ def test_sigterm_before_a_run_exits_130(tmp_path):
     assert "Traceback" not in ran.stderr
 
 
-def test_the_folder_of_a_run_is_below_the_working_folder(vestige, tmp_path):
-    assert vestige("run", "kd", *SMOKE)[0] == 0
+def test_the_folder_of_a_run_is_below_the_working_folder(program, tmp_path):
+    assert program("run", "kd", *SMOKE)[0] == 0
     assert [path.name for path in Path(tmp_path / "runs").iterdir()] == ["kd-seed0"]
 
 

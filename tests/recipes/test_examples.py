@@ -1,7 +1,6 @@
 """A stranger's own data, from Python, in a recipe and on the command line."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 import torch
 
 import vestige
-from vestige.cli import main as cli
 from vestige.core.types import InputSpec
 from vestige.data.image import load_images, to_inputs
 from vestige.errors import DataError, RecipeError
@@ -28,23 +26,6 @@ student: {name: convnet, args: {widths: [2, 4, 8]}}
 sources: {inputs: {kind: images, data: SOURCE, origin: foreign}}
 trainer: {device: cpu, threads: 1, max_steps: 2}
 """
-
-
-@pytest.fixture
-def program(capfd, monkeypatch, tmp_path):
-    """The program's `main`: gives exit code, stdout and stderr, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vestige", *arguments])
-        with pytest.raises(SystemExit) as left:
-            cli.main(list(map(str, arguments)))
-        out, err = capfd.readouterr()
-        assert "Traceback" not in out + err
-        return int(left.value.code or 0), out, err
-
-    return call
 
 
 def pictures(folder: Path, *, count: int = 120, names: str = "0123456789", only: int = 10) -> None:
