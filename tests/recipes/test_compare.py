@@ -17,11 +17,11 @@ from pydantic import BaseModel
 from vestige.core.types import Requires
 from vestige.errors import RecipeError
 from vestige.methods.dfad import DFAD
+from vestige.recipes.arms import run_arms
 from vestige.recipes.build import build
 from vestige.recipes.catalog import METHODS
 from vestige.recipes.compare import BUDGET, compare
 from vestige.recipes.loading import load_recipe, validate
-from vestige.recipes.run import run_arms
 from vestige.recipes.updates import student_updates
 
 

@@ -14,9 +14,10 @@ from vestige.core.types import InputSpec, Result
 from vestige.data.image import load_images, to_inputs
 from vestige.errors import CheckpointError, DataError, RecipeError
 from vestige.models.factory import build_model
+from vestige.recipes.arms import run_arms
 from vestige.recipes.build import build
 from vestige.recipes.loading import load_recipe
-from vestige.recipes.run import run_arms, run_recipe
+from vestige.recipes.run import run_recipe
 from vestige.recipes.schema import Recipe
 from vestige.recipes.updates import student_updates
 from vestige.tasks.classification import Classification

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from vestige.recipes.run import gap_closed
+from vestige.recipes.arms import gap_closed
 from vestige.recipes.schema import Recipe
 
 SCORE = "student.score"

@@ -161,7 +161,8 @@ def _start(request: _Request) -> None:
 def _run(request: _Request, recipe: "Recipe", note: str) -> None:
     from vestige.cli.progress import RunProgress
     from vestige.core import parallel
-    from vestige.recipes.run import check_folder, run_arms, run_recipe
+    from vestige.recipes.arms import run_arms
+    from vestige.recipes.run import check_folder, run_recipe
 
     stem = f"{Path(request.recipe).stem}{'-compared' if request.compare else ''}-seed{recipe.seed}"
 
