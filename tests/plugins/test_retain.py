@@ -413,10 +413,28 @@ def test_a_chunk_is_pushed_within_a_round_as_well(tiny_teacher, tiny_student):
     assert kept(bench, seen) == [0, 1, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15]
 
 
-def test_a_small_batch_replays_more_than_its_share():
-    rows = [Retain(RetainConfig(**s)).rows for s in ({}, {"least_rows": 2, "share": 0.5})]
+def test_the_retention_term_of_a_small_batch_has_more_rows_than_its_share():
+    settings = ({}, {"least_rows": 2, "share": 0.5}, {"meta": "none"})
+    rows = [Retain(RetainConfig(**one)).rows for one in settings]
     assert [rows[0](size) for size in (1, 8, 64, 256, 512)] == [2, 8, 32, 32, 64]
     assert [rows[1](size) for size in (1, 2, 7, 64)] == [2, 2, 4, 32]
+    assert [rows[2](size) for size in (8, 64, 512)] == [2, 8, 64]
+
+
+def test_the_methods_own_loss_sees_the_share_alone(tiny_teacher, tiny_student):
+    teacher = WhiteBoxTeacher(tiny_teacher)
+    bench = Bench(tiny_student, teacher, meta="first-order", least_rows=16, share=0.25)
+    old, new = torch.randn(16, 1, 8, 8), torch.randn(16, 1, 8, 8)
+    bench.step(old)
+    loss = bench.step(new)
+    joined, inner, retained = (batch.inputs for batch in bench.calls[1:])
+    assert torch.equal(joined[:16], new)
+    assert torch.equal(inner, new)
+    assert torch.equal(retained, old)
+    # Four of the sixteen that are remembered, each once.
+    found = [int((old == row).flatten(1).all(1).nonzero()) for row in joined[16:]]
+    assert len(set(found)) == 4
+    assert loss.fresh.tolist() == [True] * 16 + [False] * 4
 
 
 def test_only_new_rows_are_kept(tiny_teacher, tiny_student):

@@ -26,7 +26,8 @@ Differs from the paper:
     Chunks are pushed at even distances of the run, 80 times as published (every 5 of 400 epochs),
     and in the first round, whose length nobody knows, at updates 1, 2, 4 and so on, so that runs of
     any length remember. Of several loops each has 80. Of a batch that holds earlier inputs already
-    only new ones are kept. Small batches replay more than their eighth: `least_rows`.
+    only new ones are kept. The retention term of a small batch has more rows than an eighth of it,
+    see `least_rows`; the method's own loss has its eighth.
     Where the inner step leads to a retention term that is not finite, that update goes without it.
 
 Cost per student update, beside the method's own pass on the new and remembered rows: with
@@ -55,7 +56,7 @@ from vestige.core.protocols import (
     Task,
     Teacher,
 )
-from vestige.core.types import Access, Batch, Loss, Requires, count_rows, predict
+from vestige.core.types import Access, Batch, Loss, Requires, count_rows, pick_rows, predict
 from vestige.errors import ContractError
 from vestige.losses.distill import l1_logits
 from vestige.plugins._memories import Kept, Made, Memory
@@ -81,9 +82,10 @@ class RetainConfig(BaseModel):
             networks 0.9 may look too far, try 0.1. 0 makes retention the loss where the student is.
         inner_weight_decay: 5e-4 (reference code).
         share: remembered rows as a share of the student's new ones. 1/8 (reference code, of 512).
-            Higher forgets less and learns slower.
-        least_rows: remembered rows at the least, but no more than new ones. 32, our choice: batch
-            statistics of 8 rows made a student of batches of 64 learn much slower.
+            Higher forgets less and learns slower; an adversarial generator, which sees a student
+            with the batch statistics of new inputs alone, was seen to collapse with 1/2 of 64.
+        least_rows: of the retention term at the least, but no more than new ones. 32, our choice:
+            batch statistics of 8 rows made a student of batches of 64 learn much slower.
         chunks: that the bank holds, 10 (reference code). More reach further back.
         pushes: chunks that are pushed in the course of a loop. 80 (reference code: every 5 of 400
             epochs). Fewer reach further back.
@@ -149,6 +151,7 @@ class Retain:
         cfg = self.cfg
         self.teacher = teachers[0]
         self.device = ctx.device
+        self.ctx = ctx
         if cfg.memory == "generative":
             self.memory = Made(ctx, cfg, task.spec, self.teacher, rows=self.rows)
         else:
@@ -160,8 +163,8 @@ class Retain:
 
     def rows(self, batch_size: int) -> int:
         """Remembered rows beside so many new ones; a single one has no batch statistics."""
-        wanted = max(self.cfg.least_rows, round(self.cfg.share * batch_size))
-        return max(2, min(wanted, batch_size))
+        retained = 0 if self.cfg.meta == "none" else self.cfg.least_rows
+        return max(2, min(max(retained, round(self.cfg.share * batch_size)), batch_size))
 
     def student_gradient(self, update: StudentUpdate, following: Following) -> Loss:
         """The method's gradient on new and remembered inputs, and that of retention."""
@@ -182,6 +185,7 @@ class Retain:
         """The method's own gradient and loss, with remembered rows marked as not new."""
         if self.cfg.joint == "acquire":
             return following(batch)
+        chunk = self._share(chunk, len(batch))
         joined = batch.joined(chunk.inputs)
         if chunk.answers is not None and _hands_on_answers(batch):
             answers = torch.cat([batch.extra["teacher"], chunk.answers])
@@ -194,6 +198,16 @@ class Retain:
         if "fresh" in batch.extra:
             fresh[: len(batch)] = batch.extra["fresh"]
         return replace(loss, fresh=fresh)
+
+    def _share(self, chunk: Chunk, batch_size: int) -> Chunk:
+        """As many rows of the chunk, drawn by chance, as the method's own loss shall see."""
+        have, wanted = count_rows(chunk.inputs), max(2, round(self.cfg.share * batch_size))
+        if have <= wanted:
+            return chunk
+        rng = self.ctx.rng
+        index = torch.randperm(have, generator=rng, device=rng.device)[:wanted]
+        answers = None if chunk.answers is None else chunk.answers[index]
+        return Chunk(pick_rows(chunk.inputs, index), answers)
 
     def _retain(self, update: StudentUpdate, chunk: Chunk) -> Tensor:
         """Add the gradient of the retention term to `.grad`; returns the term, () detached."""
