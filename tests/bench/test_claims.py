@@ -10,6 +10,7 @@ import yaml
 
 from vestige.bench import claims
 from vestige.bench.claims import load_definition, run_claim
+from vestige.bench.tables import results_table
 from vestige.bench.verdicts import judge as judged
 from vestige.bench.verdicts import measured
 from vestige.errors import RecipeError
@@ -320,3 +321,27 @@ def test_a_broken_document_would_be_noticed(tmp_path):
     write_json(tmp_path / "x.json", {"schema": 1})
     with pytest.raises(KeyError):
         check_document(json.loads((tmp_path / "x.json").read_text()))
+
+
+def test_what_else_is_measured_has_a_table_of_its_own():
+    arm = {"scores": [0.5], "mean": 0.5, "seconds": [1.0], "teacher_passes": 3, "images": 4}
+    result = {
+        "machine": {"gpu": None, "processor": "p", "cores": 2},
+        "versions": {"torch": "t"},
+        "command": "c",
+        "date": "d",
+        "seeds": [0],
+        "teachers": {"set": {"score": 1.0}},
+        "arms": {
+            "set/a": {**arm, "measures": {"pool.x": [0.12345], "pool.y": [None]}},
+            "set/b": arm,
+        },
+    }
+    lines = results_table({"one": result}).splitlines()
+    assert lines[-3:] == [
+        "| data | arm | `pool.x` | `pool.y` |",
+        "| --- | --- | --- | --- |",
+        "| set | a | 0.123 | none |",
+    ]
+    del result["arms"]["set/a"]["measures"]
+    assert "pool.x" not in results_table({"one": result})

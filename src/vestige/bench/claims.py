@@ -46,12 +46,14 @@ class Definition(Strict):
         cases: settings by name.
         claims: what is held against the results.
         tried: what else was tried, published with the result.
+        shown: places of numbers in summary.json that are published beside those of the claims.
     """
 
     method: str
     cases: dict[str, Case]
     claims: tuple[Statement, ...] = Field(min_length=1)
     tried: tuple[str, ...] = ()
+    shown: tuple[str, ...] = ()
 
 
 def known_claims() -> list[str]:
@@ -169,8 +171,9 @@ def _document(
 ) -> dict[str, Any]:
     judged = [judge(claim, recipes, results, partial=partial) for claim in definition.claims]
     first = next(iter(next(iter(results.values())).values()))[0]
+    places = (*(claim.measure for claim in definition.claims), *definition.shown)
     arms = {
-        f"{case}/{arm}": _arm(summaries, [claim.measure for claim in definition.claims])
+        f"{case}/{arm}": _arm(summaries, places)
         for case, by_arm in results.items()
         for arm, summaries in by_arm.items()
     }
@@ -205,6 +208,7 @@ def _arm(summaries: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> dic
     judged = [score for score in scores if score is not None]
     whole = len(judged) == len(scores)
     found = {key: [measured(s, key) for s in summaries] for key in measures if key != SCORE}
+    found = {key: told for key, told in found.items() if any(one is not None for one in told)}
     return {
         "scores": scores,
         "mean": fmean(judged) if whole else None,

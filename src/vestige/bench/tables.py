@@ -58,7 +58,7 @@ def results_table(claims: Mapping[str, Mapping[str, Any]]) -> str:
                 f"| {case} | {label} | {scores} | {_percent(arm['mean'])} | {seconds:.0f} | "
                 f"{counts} |"
             )
-        lines.append("")
+        lines += ["", *_measures(result["arms"])]
     return "\n".join(lines).rstrip()
 
 
@@ -156,6 +156,28 @@ def write_tables(root: Path) -> list[Path]:
     for path, text in pages.items():
         write_text(path, text)
     return list(pages)
+
+
+def _measures(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What else was measured, each seed of each arm that has it, and an empty line; or nothing."""
+    having = {name: arm.get("measures", {}) for name, arm in arms.items()}
+    places = list(dict.fromkeys(key for found in having.values() for key in found))
+    if not places:
+        return []
+    lines = [
+        f"| data | arm | {' | '.join(f'`{place}`' for place in places)} |",
+        f"| --- | --- |{' --- |' * len(places)}",
+    ]
+    for name, found in having.items():
+        if found:
+            case, _, label = name.partition("/")
+            told = (", ".join(map(_short, found.get(key, ()))) for key in places)
+            lines.append(f"| {case} | {label} | {' | '.join(told)} |")
+    return [*lines, ""]
+
+
+def _short(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3g}"
 
 
 def _percent(score: float | None) -> str:
