@@ -250,6 +250,13 @@ def test_features_may_be_the_inputs_of_named_layers():
     assert made.bank.width == 2 * (4 + 6)
 
 
+def test_in_a_teacher_without_maps_what_enters_the_last_layer_counts():
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, 3))
+    made = method(teacher=flat, bn_weight=0)
+    assert made.bank.width == 2 * 5
+    assert math.isfinite(made.inversion(made.generator, batch()).total.item())
+
+
 @pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 224), (4, 30)])
 def test_any_size_and_number_of_channels(channels, size):
     spec = InputSpec.image(channels, size, size)

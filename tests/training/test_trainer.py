@@ -25,6 +25,7 @@ from vestige.sources.noise import NoiseSource
 from vestige.tasks.classification import Classification
 from vestige.teachers.white_box import WhiteBoxTeacher
 from vestige.training.checkpoint import CheckpointStore
+from vestige.training.diagnosis import Diagnosis
 from vestige.training.outcome import Outcome
 from vestige.training.run_state import KEPT_STATE
 from vestige.training.tracking import Event
@@ -145,6 +146,21 @@ def test_the_outcome_says_what_was_done(nets):
     assert outcome.result == Result("student", made.student)
     assert [score["step"] for score in outcome.scores] == [3, 6, 9, 12]
     assert outcome.seconds > 0
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_the_weight_of_statistics_is_no_knob_where_the_teacher_has_none(nets, monkeypatch, normed):
+    asked = []
+    monkeypatch.setattr(Diagnosis, "findings", lambda self, settings: asked.append(settings) or [])
+
+    class Weighed(KD):
+        class Config(KDConfig):
+            bn_weight: float = 0.0
+
+    teacher = nets[0] if normed else nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    run((teacher, nets[1]), method=Weighed)
+    assert ("bn_weight" in asked[0]) == normed
+    assert "rounds" in asked[0]
 
 
 def test_events_come_in_order(nets):

@@ -261,19 +261,20 @@ def instance_features(
     Args:
         module: the network.
         shape: of one input, (C, H, W).
-        layers: whose inputs count. Empty takes the BatchNorm layers, and where there are none the
-            outputs of the last layer of each resolution; without BatchNorm, or with `layers`, one
-            forward of a zero image tells the width.
+        layers: whose inputs count. Empty takes the BatchNorm layers, where there are none the
+            outputs of the last layer of each resolution, and in a network without maps what enters
+            its last layer; but for BatchNorm layers one forward of a zero image tells the width.
     """
     known = batchnorm_layers(module)
     if known and not layers:
         probe = BatchNormProbe(module, statistics=False, instance_means=True)
         return probe, sum(layer.num_features for layer in known.values())
-    named = (
-        FeatureProbe(module, layers, of="input")
-        if layers
-        else FeatureProbe(module, spatial_layers(module, shape))
-    )
+    if layers:
+        named = FeatureProbe(module, layers, of="input")
+    elif maps := tuple(_last_of_resolutions(module, shape).values()):
+        named = FeatureProbe(module, maps)
+    else:
+        named = FeatureProbe(module, [penultimate_layer(module)], of="input")
     with torch.no_grad(), modes.evaluating(module), named:
         module(next(module.parameters()).new_zeros(1, *shape))
     return named, named.instance_means().shape[1]
@@ -332,7 +333,8 @@ def spatial_layers(
     if not names or len(names) < (count or 1):
         raise TeacherError(
             f"got a {type(module).__name__} with maps of {len(names)} resolutions of more than one "
-            f"position, expected at least {count or 1}; name the layers"
+            f"position, expected at least {count or 1}; name layers "
+            "in the method's settings, or do without attention"
         )
     return names if count is None else names[-count:]
 

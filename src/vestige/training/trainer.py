@@ -19,6 +19,7 @@ from vestige.errors import (
     RecipeError,
     TeacherError,
 )
+from vestige.models.probes import batchnorm_layers
 from vestige.teachers.loading import fingerprint
 from vestige.training import compute, guard, runtime
 from vestige.training.budget import Budget
@@ -340,13 +341,21 @@ class Trainer:
         for network in (self.student, self._judged()):
             if network is not None:
                 network.eval()
-        settings = getattr(self.method, "Config", None)
-        findings = self.watch.diagnosis.findings(getattr(settings, "model_fields", None))
+        findings = self.watch.diagnosis.findings(self._knobs())
         for finding in findings:
             self._warn(f"{finding.message}: {finding.knob}")
         findings = [*self.noticed, *findings]
         self.audience.tell("end", step=self.ctx.progress.steps, seconds=self.budget.seconds())
         return findings
+
+    def _knobs(self) -> set[str] | None:
+        """Names of the settings that could be turned; None where the method tells none."""
+        fields = getattr(getattr(self.method, "Config", None), "model_fields", None)
+        if fields is None:
+            return None
+        networks = [one for one in self.teachers if isinstance(one, nn.Module)]
+        # Without statistics there is nothing that their weight could hold inputs to.
+        return {*fields} - (set() if any(map(batchnorm_layers, networks)) else {"bn_weight"})
 
     def _retention(self) -> dict[str, float] | None:
         return None if self.student is None else self.watch.retention.figures(self.student)
