@@ -43,7 +43,7 @@ def tiny(tmp_path: Path) -> Path:
 
 def measured(tiny: Path, **given: Any) -> dict[str, Any]:
     path = run_floor(str(tiny), repeats=3, out=tiny.parent / "out", echo=lambda line: None, **given)
-    assert path == tiny.parent / "out/tiny.json"
+    assert path == tiny.parent / "out" / f"{tiny.stem}.json"
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 
@@ -77,6 +77,18 @@ def test_what_a_method_wastes_shows(tiny: Path, monkeypatch: pytest.MonkeyPatch)
     idle = measured(tiny, cases=["one"])["cases"][0]
     assert idle["round_seconds"] >= 0.48
     assert idle["ratio"] > lean["ratio"] + 0.2 * 0.48 / idle["floor_seconds"]
+
+
+def test_rounds_before_the_students_are_left_out(tmp_path: Path) -> None:
+    overrides = ["data=null", "config.rounds=4", "config.warmup=3"]
+    case = {"recipe": "cmi", "preset": "smoke", "overrides": overrides}
+    path = tmp_path / "pool.yaml"
+    path.write_text(yaml.safe_dump({"cases": {"one": case}}))
+    (found,) = measured(path)["cases"]
+    # smoke: one batch of 2 inversions and 2 imitations a round; three batches come first.
+    assert found["passes"]["student_step"]["count"] == 2
+    assert found["passes"]["teacher_observed"]["count"] == 2
+    assert len(found["ratios"]) == 3
 
 
 def test_mistakes_are_named(tiny: Path) -> None:

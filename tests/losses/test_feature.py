@@ -67,6 +67,15 @@ def test_transfer_agrees_with_its_loop_over_layers_and_samples():
     torch.testing.assert_close(found.mean(), whole)
 
 
+def test_the_teachers_maps_may_be_handed_in_ready():
+    student, teacher = ([draw(2, c, n, n, seed=c) for n in (4, 2)] for c in (3, 5))
+    ready = [attention_map(one) for one in teacher]
+    expected = attention_transfer_loss(student, teacher)
+    assert torch.equal(attention_transfer_loss(student, ready), expected)
+    with pytest.raises(ShapeError, match=r"got at layer 0 .*\(2, 3, 4, 4\).*\(2, 4\)"):
+        attention_transfer_loss(student, ready[::-1])
+
+
 def test_two_networks_that_look_at_different_places_are_two_apart():
     student, teacher = torch.zeros(1, 2, 2, 3), torch.zeros(1, 4, 2, 3)
     student[0, 1, 0, 0], teacher[0, 2, 1, 2] = 5.0, -0.1

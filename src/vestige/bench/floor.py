@@ -161,6 +161,11 @@ def time_case(case: Case, *, repeats: int, overrides: Sequence[str] = ()) -> dic
         return watch.result(case.target)
     finally:
         watch.recorder.close()
+    if watch.missing:
+        raise RecipeError(
+            f"got the passes {', '.join(watch.missing)} of networks that no step called, expected "
+            f"some of {', '.join(watch.recorder.networks)}; correct the method's passes()"
+        )
     raise RecipeError(
         f"the recipe has {len(watch.rounds)} rounds to measure, expected {repeats} and one to warm "
         "up; raise its number of rounds or lower --repeats"
@@ -190,8 +195,8 @@ class _Paced:
 class _Interleaved:
     """Times rounds of a trainer, and within them, a fifth of a second in turn, their passes.
 
-    So whatever else the machine does meets both alike. The first round warms up, and shows what
-    the networks are fed with.
+    So whatever else the machine does meets both alike. The first round in which all networks take
+    part warms up, and shows what they are fed with; loops before it are left out.
     """
 
     def __init__(self, trainer: Trainer, passes: Mapping[str, float], repeats: int) -> None:
@@ -203,6 +208,7 @@ class _Interleaved:
         )
         self.rounds: list[float] = []
         self.floors: list[Measured] = []
+        self.missing: list[str] = []
         self.threads = torch.get_num_threads()
         self._timer: PassTimer | None = None
         self._since = 0.0
@@ -229,7 +235,11 @@ class _Interleaved:
         if event.kind == "start":
             self.recorder.__enter__()
         elif event.kind == "round" and self._timer is None:
-            self._timer = self._warm_up()
+            self.missing = self.recorder.missing(self.passes)
+            if self.missing:
+                self.recorder.forget()
+            else:
+                self._timer = self._warm_up()
         elif event.kind == "round" and self._timer is not None:
             self._round += self._now() - self._since
             # In a round too short for a slice nothing was timed yet.
@@ -251,13 +261,7 @@ class _Interleaved:
         self.recorder.close()
         self.threads = torch.get_num_threads()
         timer = PassTimer(self.recorder, self.passes, self.device)
-        found = self._once(timer)
-        if found.unknown:
-            raise RecipeError(
-                f"got the passes {', '.join(found.unknown)} of networks that no step called, "
-                f"expected some of {', '.join(self.recorder.networks)}; correct the method's "
-                "passes()"
-            )
+        self._once(timer)
         return timer
 
     def _now(self) -> float:

@@ -1,5 +1,6 @@
 """Terms on what happens inside the networks."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -29,7 +30,9 @@ def attention_map(
             f"got features {tuple(features.shape)}, expected maps (B, C, H, W); name layers that "
             "come before the pooling"
         )
-    return F.normalize(features.square().mean(1).flatten(1), dim=1)
+    # Unlike that of a mean, the gradient of a sum is never written out.
+    energy = features.square().sum(1) / features.shape[1]
+    return F.normalize(energy.flatten(1), dim=1)
 
 
 def attention_transfer_loss(
@@ -40,7 +43,8 @@ def attention_transfer_loss(
     Args:
         student: features of its layers, each (B, C, H, W), with gradient. The number of channels
             may differ from the teacher's, the number of positions may not.
-        teacher: likewise and in the same order; gradient flows here too, so take it without in a
+        teacher: likewise and in the same order, or their attention maps (B, positions), which do
+            not change while the inputs stay; gradient flows here too, so take it without in a
             student step.
 
     Returns:
@@ -55,13 +59,24 @@ def attention_transfer_loss(
             f"got features of {len(student)} student and {len(teacher)} teacher layers, expected "
             "the same number, at least 1; name pairs of layers"
         )
-    terms = []
     for index, (own, other) in enumerate(zip(student, teacher, strict=True)):
-        if own.shape[0] != other.shape[0] or own.shape[2:] != other.shape[2:]:
+        fits = (
+            own.shape[2:] == other.shape[2:]
+            if other.dim() > 2
+            else _positions(own) == other[0].numel()
+        )
+        if own.shape[0] != other.shape[0] or not fits:
             raise ShapeError(
                 f"got at layer {index} student features {tuple(own.shape)} and teacher features "
                 f"{tuple(other.shape)}, expected the same batch, height and width; name layers of "
                 "equal resolution or set attention_weight: 0"
             )
-        terms.append((attention_map(own) - attention_map(other)).square().mean(1))
-    return torch.stack(terms).sum(0)
+    # All layers side by side: small maps take less time than the calls about them.
+    own = torch.cat([attention_map(features) for features in student], dim=1)
+    other = torch.cat([x if x.dim() == 2 else attention_map(x) for x in teacher], dim=1)
+    of_layers = [own.new_full((n,), 1 / n) for n in map(_positions, student)]
+    return (own - other).square() @ torch.cat(of_layers)
+
+
+def _positions(features: Tensor) -> int:
+    return math.prod(features.shape[2:])

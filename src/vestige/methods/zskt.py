@@ -37,7 +37,7 @@ from vestige.core.types import Batch, Loss, Requires, Result, Step, predict
 from vestige.errors import RecipeError
 from vestige.losses.adversarial import disagreement_loss
 from vestige.losses.distill import kl_divergence
-from vestige.losses.feature import attention_transfer_loss
+from vestige.losses.feature import attention_map, attention_transfer_loss
 from vestige.methods import _untuned
 from vestige.methods._fakes import as_inputs, known_or_asked, latent, make_generator
 from vestige.models.probes import FeatureProbe, paired_layers
@@ -194,7 +194,8 @@ class ZSKT:
         with torch.no_grad(), self.probes[0] if self.probes else nullcontext():
             extra = {"teacher": predict(self.teacher, inputs).logits}
         if self.probes:
-            extra |= {f"map{i}": seen for i, seen in enumerate(self.probes[0].features())}
+            maps = map(attention_map, self.probes[0].features())
+            extra |= {f"map{i}": seen for i, seen in enumerate(maps)}
         for index in range(cfg.student_steps):
             fresh = torch.full((cfg.batch_size,), not index, device=ctx.device)
             yield Batch(inputs, extra={**extra, "fresh": fresh})

@@ -282,7 +282,11 @@ def instance_features(
 
 def position_means(values: Tensor) -> Tensor:
     """Values (B, C, ...) averaged over positions: (B, C); (B, C) stays as it is."""
-    return values if values.dim() == 2 else values.flatten(2).mean(2)
+    if values.dim() == 2:
+        return values
+    maps = values.flatten(2)
+    # Unlike that of a mean, the gradient of a sum is never written out.
+    return maps.sum(2) / maps.shape[2]
 
 
 def penultimate_layer(module: nn.Module) -> str:

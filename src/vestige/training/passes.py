@@ -132,13 +132,25 @@ class PassRecorder:
             self._handles.pop().remove()
 
     def complete(self, names: Mapping[str, float]) -> bool:
-        """Whether everything was seen that the passes `names` need."""
-        for name in names:
+        """Whether everything was seen that the passes `names` need, of the networks it knows."""
+        return all(split_pass(name)[0] not in self.networks for name in self.missing(names))
+
+    def missing(self, names: Mapping[str, float]) -> list[str]:
+        """The passes that take place but for which nothing was seen."""
+        found = []
+        for name, count in names.items():
             network, kind = split_pass(name)
             seen = self.optimizers if kind == "step" else self.calls
-            if network in seen and not seen[network]:
-                return False
-        return True
+            if count > 0 and not seen.get(network):
+                found.append(name)
+        return found
+
+    def forget(self) -> None:
+        """Start anew: what was seen belongs to another loop than the one that is timed."""
+        self._known.clear()
+        self._pending.clear()
+        self.calls = {name: [] for name in self.networks}
+        self.optimizers = {name: [] for name in self.networks}
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
