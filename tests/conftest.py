@@ -19,12 +19,16 @@ THREADS = 1
 torch.set_num_threads(THREADS)
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 
+LONGEST = ("test_readme.py", "test_docs.py", "test_retain_keeps_what_was_learned.py")
+
 # Must run before the first import of a loss; users never pay for it.
 jaxtyping.install_import_hook("vestige.losses", "beartype.beartype")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, and thereby show, GPU tests where there is no GPU."""
+    """Skip, and thereby show, GPU tests where there is no GPU; the longest tests go first."""
+    # At the end they would run alone, with the other processes idle.
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if torch.cuda.is_available():
         return
     for item in items:
