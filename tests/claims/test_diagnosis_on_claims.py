@@ -26,14 +26,15 @@ BLIND = {
 }
 
 
-@pytest.mark.parametrize("arm", [one for one in ARMS if one.values[0]["mean"] > 0.9])
-def test_no_run_with_a_good_student_is_warned_about(arm):
-    assert not arm["findings"]
+# The adversary keeps agreement on fresh inputs below half, though the student is fair.
+ALARMED = {"zskt/digits/same", "zskt/digits/no-attention"}
 
 
-@pytest.mark.parametrize("arm", [one for one in ARMS if one.values[0]["mean"] < 0.75])
-def test_runs_with_a_poor_student_are_warned_about_but_for_the_known_ones(arm, request):
-    assert bool(arm["findings"]) == (request.node.callspec.id not in BLIND)
+@pytest.mark.parametrize("arm", ARMS)
+def test_runs_are_warned_about_where_the_student_is_poor_but_for_the_known_ones(arm, request):
+    name = request.node.callspec.id
+    expected = name in ALARMED or (arm["mean"] < 0.75 and name not in BLIND)
+    assert bool(arm["findings"]) == expected
 
 
 def test_there_are_arms_of_both_kinds():
@@ -45,3 +46,4 @@ def test_there_are_arms_of_both_kinds():
 def test_what_it_is_blind_to_is_published():
     means = {arm.id: arm.values[0]["mean"] for arm in ARMS}
     assert all(means[name] < 0.75 for name in BLIND)
+    assert all(means[name] >= 0.75 for name in ALARMED)

@@ -82,8 +82,8 @@ class RetainConfig(BaseModel):
             networks 0.9 may look too far, try 0.1. 0 makes retention the loss where the student is.
         inner_weight_decay: 5e-4 (reference code).
         share: remembered rows as a share of the student's new ones. 1/8 (reference code, of 512).
-            Higher forgets less and learns slower; an adversarial generator, which sees a student
-            with the batch statistics of new inputs alone, was seen to collapse with 1/2 of 64.
+            Higher forgets less and learns slower; with 1/2 of 64 ZSKT's generator was seen to
+            collapse on one of two seeds.
         least_rows: of the retention term at the least, but no more than new ones. 32, our choice:
             batch statistics of 8 rows made a student of batches of 64 learn much slower.
         chunks: that the bank holds, 10 (reference code). More reach further back.
