@@ -45,5 +45,8 @@ class TensorSource:
 
     def draw(self, count: int, rng: torch.Generator) -> Tensor:
         """`count` rows (count, ...), on the device of `rng`; no gradient."""
-        index = torch.randint(len(self), (count,), generator=rng, device=rng.device)
-        return self._inputs[index.to(self._inputs.device)].to(rng.device)
+        return self.rows(torch.randint(len(self), (count,), generator=rng, device=rng.device))
+
+    def rows(self, index: Tensor) -> Tensor:
+        """The rows (B, ...) with the numbers `index` (B,), on the device of `index`."""
+        return self._inputs[index.to(self._inputs.device)].to(index.device)
