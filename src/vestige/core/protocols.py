@@ -167,6 +167,31 @@ class JudgesInDetail(Protocol):
         ...
 
 
+@runtime_checkable
+class ShowsAnswers(Protocol):
+    """A task whose answers can be drawn beside the inputs: `answers.png`.
+
+    Asked once, after the last step; nothing is selected on it.
+    """
+
+    def answers(
+        self, student: nn.Module, teacher: Any, data: Any, *, count: int = 6
+    ) -> Mapping[str, Tensor]:
+        """Columns of a picture by their headings, all with the same rows.
+
+        Args:
+            student: what the run made.
+            teacher: as in `JudgesInDetail.details`; None leaves its column out.
+            data: as `evaluate` takes it.
+            count: rows, n; fewer where there are fewer inputs.
+
+        Returns:
+            Images (n, C, H, W) in [0, 1] with C 1 or 3, for example of input, teacher, student and
+            truth, in this order.
+        """
+        ...
+
+
 @dataclass
 class Progress:
     """How far a run is; schedules and methods read it, the trainer writes it.
