@@ -1,6 +1,7 @@
 """Labelled images as pictures in one folder per class."""
 
 import hashlib
+import io
 import logging
 import struct
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ class Pictures:
             DataError: a picture cannot be decoded.
         """
         for path in self.paths:
-            yield _decoded(path, grey=grey)[None]
+            yield decoded(path, grey=grey)[None]
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,17 @@ def _check_depth(folder: Path) -> None:
         )
 
 
-def _decoded(path: Path, *, grey: bool) -> Images:
+def decoded(picture: Path | bytes, *, grey: bool) -> Images:
+    """A picture from its file or its bytes: (H, W) in grey, else (H, W) or (H, W, 3).
+
+    Raises:
+        DataError: it cannot be decoded.
+    """
     from PIL import Image
 
+    named = "a picture" if isinstance(picture, bytes) else str(picture)
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
             if image.mode in ("I", "F"):
                 raise ValueError("32 bits per channel, expected 8 or 16")
             if image.mode.startswith("I;16"):
@@ -151,6 +158,6 @@ def _decoded(path: Path, *, grey: bool) -> Images:
             return np.array(image.convert("L" if plain else "RGB"), dtype=np.uint8)
     except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         raise DataError(
-            f"got {path}, which cannot be read as a picture ({error}), expected one of "
+            f"got {named}, which cannot be read as a picture ({error}), expected one of "
             f"{', '.join(SUFFIXES)}; replace or remove it"
         ) from error

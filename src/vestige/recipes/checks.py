@@ -12,6 +12,7 @@ from vestige.models.factory import list_generators, model_arguments
 from vestige.recipes.catalog import METHODS, PLUGINS, TASKS
 from vestige.recipes.files import DEEPEST, MOST_VALUES, near, short
 from vestige.recipes.schema import Recipe
+from vestige.recipes.source_checks import source_problems
 from vestige.recipes.teacher_schema import load_teacher_recipe
 from vestige.teachers.loading import KEYS as TEACHER_KEYS
 from vestige.teachers.loading import KINDS as TEACHER_KINDS
@@ -207,12 +208,7 @@ def requirement_problems(recipe: Recipe) -> Iterator[str]:
                     f"{', '.join(sorted(allowed)) or 'no sources'}{near(name, sorted(allowed))}"
                 )
         for name, source in run.sources.items():
-            if source.kind == "images" and source.data is None:
-                yield f"{where}sources.{name}.data: images need the name or folder of a set"
-            if source.kind == "pool" and source.data is None:
-                yield f"{where}sources.{name}.data: a pool needs its folder, or that of its run"
-            if source.kind == "factory" and source.factory is None:
-                yield f"{where}sources.{name}.factory: is missing; 'package.module:callable'"
+            yield from source_problems(f"{where}sources.{name}", source)
         low, high = requires.teachers
         if not low <= 1 + len(run.more_teachers) <= high:
             yield (
