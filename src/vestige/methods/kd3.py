@@ -99,7 +99,9 @@ class KD3Config(BaseModel):
         keep_share: of "epoch": share of each class that stays. 0.5.
         candidates: of "epoch": images looked at for each that is trained on. 2.
         per_class: of "epoch": False keeps that share of all images, whatever their class.
-        class_quota: of "epoch": most images of one class, in multiples of an even part. 0: any.
+        class_quota: most images of one class that stay, in multiples of an even part: of a batch
+            B / K, of an epoch that of `keep_share`. 0: any. Where one class gathers the junk, which
+            confidence alone does not tell, a quota below 1 was seen to do most of the work.
         temperature: tau of both KL terms. 4; higher compares small probabilities more.
         feature_weight: of L_fea. 1; 0 leaves it out.
         classifier_weight: of L_cls. 1; 0 leaves it out. With both 0, and the classifier not tied,
@@ -212,6 +214,7 @@ class KD3Config(BaseModel):
             warm_rows=self.warm_rows,
             score=self.score,
             soft=self.soft_weights,
+            quota=self.class_quota,
         )
 
     def best(self, found: Votes, num_classes: int) -> Tensor:

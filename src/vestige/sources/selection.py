@@ -121,11 +121,8 @@ def top_shares(
     allowed = (share * counts).ceil()
     keep = _rank(found.score, classes) < allowed[classes]
     if quota:
-        known = torch.bincount(found.classes)
-        even = share * len(found.classes) / (known > 0).sum()
-        # Of those that are kept so far the best; the others rank behind all of them.
-        score = torch.where(keep, found.score, found.score - found.score.max() - 1)
-        keep &= _rank(score, found.classes) < (quota * even).ceil()
+        even = share * len(found.classes) / (torch.bincount(found.classes) > 0).sum()
+        keep = _at_most(keep, found, (quota * even).ceil())
     return _never_empty(keep & (found.confidence >= floor), found.score)
 
 
@@ -162,6 +159,7 @@ class InstanceSelector:
         warm_rows: int = 50,
         score: ScoreName = "confidence",
         soft: bool = True,
+        quota: float = 0.0,
     ) -> None:
         """Starts without having seen a row.
 
@@ -176,6 +174,8 @@ class InstanceSelector:
                 many rows of class k were seen.
             score: see `votes`.
             soft: weigh kept rows by their score, with mean 1; False weighs all by 1.
+            quota: most rows of one class that a batch keeps, in multiples of B / K and rounded up;
+                the best of them. 0 is no limit.
         """
         self.teacher_share = 1.0
         self._student = student
@@ -183,6 +183,7 @@ class InstanceSelector:
         self._least = floor / num_classes
         self._start = 1 / num_classes if score == "confidence" else 0.0
         self._warm, self._score, self._soft = warm_rows, score, soft
+        self._quota = quota / num_classes
         self._means = torch.zeros(num_classes)
         self._updates = torch.zeros(num_classes)
         self._seen = torch.zeros(num_classes)
@@ -237,6 +238,8 @@ class InstanceSelector:
         asked = self._strictness * self.thresholds().to(found.score)[found.classes]
         keep = found.score >= asked - _ROUNDING * asked.abs()
         keep &= found.confidence >= self._least
+        if self._quota:
+            keep = _at_most(keep, found, math.ceil(self._quota * len(keep)))
         return _never_empty(keep, found.score)
 
     def thresholds(self) -> Float[Tensor, " classes"]:
@@ -355,6 +358,13 @@ def _rank(score: Tensor, classes: Tensor) -> Tensor:
     starts = counts.cumsum(0) - counts
     places = torch.arange(len(score), device=score.device) - starts[classes[order]]
     return torch.empty_like(places).scatter_(0, order, places)
+
+
+def _at_most(keep: Tensor, found: Votes, count: Tensor | int) -> Tensor:
+    """Of the rows that are kept the best `count` of each class."""
+    # The others rank behind all of them.
+    score = torch.where(keep, found.score, found.score - found.score.max() - 1)
+    return keep & (_rank(score, found.classes) < count)
 
 
 def _never_empty(keep: Tensor, score: Tensor) -> Tensor:
