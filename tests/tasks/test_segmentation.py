@@ -242,7 +242,7 @@ def test_answers_are_columns_of_colours(task: Segmentation) -> None:
     shown = task.answers(Identity(), Identity("out"), (inputs, TRUTH))
     assert list(shown) == ["input", "teacher", "student", "truth"]
     assert all(one.shape == (1, 3, 2, 3) for one in shown.values())
-    assert all(0 <= one.min() and one.max() <= 1 for one in shown.values())
+    assert all(one.min() >= 0 and one.max() <= 1 for one in shown.values())
     assert torch.equal(shown["input"], inputs)
     assert torch.equal(shown["teacher"], shown["student"])
     # Where answer and truth are the same so is the colour; elsewhere it is not.
