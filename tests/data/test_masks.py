@@ -132,7 +132,7 @@ def test_a_folder_without_splits_is_divided_by_the_pictures(folder: Path) -> Non
     save_pictures(folder / "whole", images, np.zeros((30, 4, 6), np.uint8))
     sizes = [len(load_images("whole", split)) for split in ("train", "select", "test", "all")]
     assert sum(sizes[:3]) == sizes[3] == 30 and min(sizes) > 0
-    assert ImageSet.undivided(f"{folder}/whole/.")
+    assert ImageSet.undivided(str(folder / "whole")) and not ImageSet.undivided("whole")
     # A class of its own called "images" beside others is one of several classes.
     (folder / "whole" / "others").mkdir()
     Image.fromarray(images[0]).save(folder / "whole" / "others" / "a.png")

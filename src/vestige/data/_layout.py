@@ -123,7 +123,9 @@ def _located(asked: str, place: Path, split: str) -> Part:
 def is_undivided(asked: str) -> bool:
     """Whether `asked` is the path of a folder of pictures by class that holds no splits."""
     place = place_of(asked)
-    if place == data_folder() / asked or not os.path.isdir(place) or _stored(place):
+    # Joined to an absolute path the data folder vanishes, and that is no name in it.
+    named = not os.path.isabs(os.path.expanduser(asked)) and place == data_folder() / asked
+    if named or not os.path.isdir(place) or _stored(place):
         return False
     return place.name not in _SPLIT_NAMES and _undivided(place) == place
 
