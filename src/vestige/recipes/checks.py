@@ -12,6 +12,7 @@ from vestige.models.factory import list_generators, model_arguments
 from vestige.recipes.catalog import METHODS, PLUGINS, TASKS
 from vestige.recipes.files import DEEPEST, MOST_VALUES, near, short
 from vestige.recipes.schema import Recipe
+from vestige.recipes.student import SMP
 from vestige.recipes.teacher_schema import load_teacher_recipe
 from vestige.teachers.loading import KEYS as TEACHER_KEYS
 from vestige.teachers.loading import KINDS as TEACHER_KINDS
@@ -161,15 +162,16 @@ def _teacher_problems(where: str, teacher: Any) -> Iterator[str]:
         elif scheme != "builtin" or name not in builtin_teachers():
             known = [f"builtin:{known}" for known in builtin_teachers()]
             yield (
-                f"{where}: got {short(teacher)}, expected 'recipe:NAME', 'timm:NAME', 'hf:NAME', a "
-                f"student.json, a mapping or one of "
+                f"{where}: got {short(teacher)}, expected 'recipe:NAME', 'timm:NAME', 'smp:NAME', "
+                f"'hf:NAME', a student.json, a mapping or one of "
                 f"{', '.join(known)}{near(teacher, known, listed=False)}"
             )
 
 
 def _model_problems(where: str, key: str, network: Mapping[str, Any]) -> Iterator[str]:
     name = network.get(key)
-    if not isinstance(name, str):
+    # What another package calls its networks it checks itself.
+    if not isinstance(name, str) or (key == "name" and name.startswith(SMP)):
         return
     try:
         valid = model_arguments(name)

@@ -56,7 +56,14 @@ class InputConfig(_Strict):
 
 
 class ModelConfig(_Strict):
-    """A network: a name of `vestige list models`, or a factory of the user's own."""
+    """A network: a name of `vestige list models`, or a factory of the user's own.
+
+    Attributes:
+        name: of `vestige list models`; or "smp:ARCHITECTURE/ENCODER", a network of
+            segmentation-models-pytorch.
+        factory: "package.module:callable", called with `args`.
+        args: of either.
+    """
 
     name: str | None = None
     factory: str | None = None

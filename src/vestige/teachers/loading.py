@@ -14,22 +14,29 @@ from torch import nn
 from vestige.core.types import InputSpec
 from vestige.errors import TeacherError
 from vestige.models.factory import build_model
-from vestige.teachers import hub, vision
+from vestige.teachers import hub, smp, vision
 from vestige.teachers.ensemble import CombinedNetwork
 from vestige.teachers.files import load_weights, read_weights
 from vestige.teachers.opened import OpenedTeacher, call_factory, check_asked, read_input
 
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
-SCHEMES = ("builtin", "timm", "hf")
-KINDS = ("factory", "model", "timm", "hf", "ensemble")
+SCHEMES = ("builtin", "timm", "smp", "hf")
+KINDS = ("factory", "model", "timm", "smp", "hf", "ensemble")
 KEYS = (*KINDS, "args", "weights", "combine", "input", "num_classes")
 FORMS = (
-    "'builtin:NAME', 'timm:NAME', 'hf:ORG/NAME', 'hf:FOLDER', the path of a card (.json), "
-    "{'factory': 'package.module:callable', 'args': {...}, 'weights': 'FILE'}, the same with "
-    "'model', 'timm' or 'hf': NAME, or {'ensemble': [TEACHER, ...], 'combine': 'probabilities'}"
+    "'builtin:NAME', 'timm:NAME', 'smp:FOLDER', 'hf:ORG/NAME', 'hf:FOLDER', the path of a card "
+    "(.json), {'factory': 'package.module:callable', 'args': {...}, 'weights': 'FILE'}, the same "
+    "with 'model', 'timm', 'smp' or 'hf': NAME, or "
+    "{'ensemble': [TEACHER, ...], 'combine': 'probabilities'}"
 )
 
 Opener = Callable[[str], OpenedTeacher]
+
+_FROM_PACKAGES: dict[str, Callable[..., OpenedTeacher]] = {
+    "timm": vision.load_timm,
+    "smp": smp.load_smp,
+    "hf": hub.load_hub,
+}
 
 
 class ImageInput(BaseModel):
@@ -98,14 +105,17 @@ def load_teacher(
         spec: one of
             "builtin:NAME" (see `builtin_teachers`);
             "timm:NAME" with timm's pretrained weights, which are downloaded unless cached;
+            "smp:FOLDER" or "smp:ORG/NAME", a network that segmentation-models-pytorch saved;
             "hf:ORG/NAME" or "hf:FOLDER", an image classifier of transformers;
             the path of a student.json or of a card of `vestige train-teacher`, beside its weights;
             a mapping with "factory", a callable named "package.module:callable" that is called with
-            "args"; or with "model", a name of `models.factory`; or with "timm" or "hf" and a name;
+            "args"; or with "model", a name of `models.factory`; or with "timm", "hf" or "smp" and a
+            name, for "smp" also "ARCHITECTURE/ENCODER";
             a mapping with "ensemble", a list of teachers, and optionally "combine" and "weights",
             a number each, see `CombinedNetwork`.
             "weights" is a .safetensors file, or a .pt or .pth file that holds nothing but tensors.
-            Without it timm and hf take the pretrained weights, and others stay as they were built.
+            Without it timm, hf and a saved smp network take the pretrained weights, and others stay
+            as they were built.
             "input" and "num_classes" in a mapping stand for the arguments below.
         input_spec: what one input looks like; needed for "model", checked where the teacher says it
             itself, where images may have another size.
@@ -116,7 +126,7 @@ def load_teacher(
 
     Raises:
         TeacherError: the form, the file or its content is not as described here.
-        MissingExtraError: timm or transformers is not installed.
+        MissingExtraError: timm, segmentation-models-pytorch or transformers is not installed.
     """
     return open_teacher(spec, input_spec=input_spec, num_classes=num_classes).module
 
@@ -241,9 +251,8 @@ def _open_mapping(
     if kind == "ensemble":
         return _open_ensemble(spec, input_spec, num_classes, openers)
     weights = None if spec.get("weights") is None else Path(spec["weights"]).expanduser()
-    if kind in ("timm", "hf"):
-        load = vision.load_timm if kind == "timm" else hub.load_hub
-        return load(
+    if kind in _FROM_PACKAGES:
+        return _FROM_PACKAGES[kind](
             str(spec[kind]),
             args=args,
             weights=weights,
@@ -337,7 +346,7 @@ def _open_card(path: Path) -> OpenedTeacher:
         if "weights_fingerprint" in card:
             trained = read_card(path)
             return of_card(trained, load_from_card(trained, path.with_suffix(".safetensors")))
-        known = {key: card[key] for key in ("factory", "model", "args") if key in card}
+        known = {key: card[key] for key in ("factory", "model", "smp", "args") if key in card}
         weights = path.parent / str(card["weights"])
         spec, count = read_input(card["input"]), int(card["num_classes"])
         classes = tuple(map(str, card.get("classes") or ()))
@@ -348,7 +357,7 @@ def _open_card(path: Path) -> OpenedTeacher:
             f"got {path}, which cannot be read as the card of a network ({error!r}), expected the "
             "student.json that a run left; name the mapping or the recipe instead"
         ) from error
-    if not {"factory", "model"} & set(known):
+    if not {"factory", "model", "smp"} & set(known):
         raise TeacherError(
             f"got {path} of a network that was handed in from Python, which the card cannot build; "
             "name its 'factory' in a mapping, with these weights"
