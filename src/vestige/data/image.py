@@ -81,6 +81,15 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    def least_classes(self) -> int:
+        """The fewest classes that it can have: its names, else what labels of images show.
+
+        They need not show every class, and masks without names may hold a value for none: 2.
+        """
+        if self.classes or isinstance(self.labels, MaskPictures) or self.labels.ndim > 1:
+            return len(self.classes) or 2
+        return int(self.labels.max()) + 1
+
     @classmethod
     def open(cls, name: str, split: str) -> "ImageSet":
         """The same as `load_images`."""
