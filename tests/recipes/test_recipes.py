@@ -323,7 +323,7 @@ def test_unknown_keys_anywhere_are_all_told_at_once_with_the_nearest():
         ({"teacher": "recipe:mnist-convet"}, "did you mean 'mnist-convnet'"),
         (
             {"teacher": {}},
-            "teacher: give exactly one of 'factory', 'model', 'timm', 'hf', 'ensemble'",
+            "teacher: give exactly one of 'factory', 'model', 'timm', 'smp', 'hf', 'ensemble'",
         ),
         ({"teacher": 5}, "teacher.str: got 5"),
         ({"student": {"name": "convnett"}}, "did you mean 'convnet'"),

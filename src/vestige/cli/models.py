@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vestige.recipes.evaluate import Judged
 
 _MOST_CLASSES = 20
+_SHARES = ("accuracy", "miou", "pixel_accuracy")
 
 
 class Split(StrEnum):
@@ -78,7 +79,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Judge a network on real data: accuracy, loss, each class, agreement with its teacher."""
+    """Judge a network on real data: its scores, each class, agreement with its teacher."""
     from vestige.recipes.evaluate import evaluate as judge
 
     found = judge(target, data=data, split=split and split.value, device=device)
@@ -132,7 +133,7 @@ def _show(found: "Judged") -> None:
         highlight=False,
     )
     scores = ", ".join(
-        f"{name} {value:.2%}" if name == "accuracy" else f"{name} {value:.4f}"
+        f"{name} {value:.2%}" if name in _SHARES else f"{name} {value:.4f}"
         for name, value in found.scores.items()
     )
     screen.print(f"{escape(found.data)}, {found.inputs:,} inputs: {scores}", highlight=False)
@@ -140,8 +141,8 @@ def _show(found: "Judged") -> None:
     if agreement:
         teacher = found.details["teacher"]
         screen.print(
-            f"agrees with its teacher ({escape(found.teacher)}, accuracy "
-            f"{teacher['accuracy']:.2%}) on {agreement['share']:.2%}",
+            f"agrees with its teacher ({escape(found.teacher)}, {found.metric} "
+            f"{teacher[found.metric]:.2%}) on {agreement['share']:.2%}",
             highlight=False,
         )
     if found.details:
@@ -160,14 +161,17 @@ def _classes(found: "Judged") -> Any:
     if len(rows) > _MOST_CLASSES:
         title = f"the {_MOST_CLASSES} weakest of {len(rows)} classes; --json has all"
         rows = sorted(rows, key=lambda label: float(own[label]))[:_MOST_CLASSES]
-    columns = ["class", "inputs", "accuracy", *(["teacher"] if taught else [])]
+    # Of each class: its share of right inputs, or its intersection over union.
+    what = "inputs" if "inputs_per_class" in details else "pixels"
+    score = "accuracy" if what == "inputs" else "IoU"
+    columns = ["class", what, score, *(["teacher"] if taught else [])]
     table = Table(*columns, title=title, header_style="bold")
     for label in rows:
         name = found.classes[label] if label < len(found.classes) else str(label)
         shares = [own[label], *([taught[label]] if taught else [])]
         table.add_row(
             name,
-            str(details["inputs_per_class"][label]),
+            f"{details[f'{what}_per_class'][label]:,}",
             *("-" if share is None else f"{share:.1%}" for share in shares),
         )
     return table

@@ -11,6 +11,8 @@ from torch import Tensor
 from vestige.training.files import write_bytes, write_text
 from vestige.training.report.run_folder import RunFolder
 
+# Of a card, what says best which network it is.
+_NAMES = ("model", "factory", "smp", "class")
 _PAGE = """\
 ---
 {front}---
@@ -77,7 +79,7 @@ def render(run: RunFolder, card: Mapping[str, Any], weights: Mapping[str, Tensor
     summary = run.summary
     method = str(summary.get("method", "an unknown method"))
     variant = f" ({summary['variant']})" if summary.get("variant") else ""
-    student = str(card.get("model") or card.get("factory") or card.get("class") or "A network")
+    student = next((str(card[key]) for key in _NAMES if card.get(key)), "A network")
     known = summary.get("student") or {}
     counted = known.get("parameters") or sum(value.numel() for value in weights.values())
     learned = "No real data was read to train it: it learned from the teacher alone."
@@ -210,7 +212,7 @@ def _making(run: RunFolder) -> str:
 
 
 def _load(card: Mapping[str, Any]) -> str:
-    if {"factory", "model"} & set(card):
+    if {"factory", "model", "smp"} & set(card):
         return '"student.json"'
     return '{"factory": "your_package.module:make_network", "weights": "model.safetensors"}'
 
@@ -231,6 +233,17 @@ def _plain(card: Mapping[str, Any]) -> str:
             f"spec = InputSpec.image({sizes})",
             f"network = build_model({card['model']!r}, spec, {card['num_classes']}"
             f"{', ' + args if args else ''})",
+        ]
+    elif card.get("smp"):
+        architecture, _, encoder = str(card["smp"]).partition("/")
+        given = {"encoder_name": encoder} if encoder else {}
+        given |= {"encoder_weights": None, "classes": card["num_classes"]}
+        given |= {"in_channels": card["input"]["channels"], **(card.get("args") or {})}
+        args = "".join(f", {key}={value!r}" for key, value in given.items())
+        lines += [
+            "import segmentation_models_pytorch as smp",
+            "",
+            f"network = smp.create_model({architecture!r}{args})",
         ]
     else:
         made = str(card.get("class", "your_package:Network")).rpartition(":")[2]
