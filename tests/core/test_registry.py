@@ -33,6 +33,13 @@ def test_every_public_module_is_a_name(folder):
     assert found.get("pre-dfkd").__module__ == f"{folder.name}.pre_dfkd"
 
 
+def test_a_package_of_helpers_is_no_name(folder):
+    (folder / "sound.py").write_text(CLASS.format(name="Sound"))
+    (folder / "reading").mkdir()
+    (folder / "reading" / "__init__.py").write_text("raise ZeroDivisionError")
+    assert registry(folder).names() == ["sound"]
+
+
 def test_names_are_listed_without_importing(folder):
     (folder / "broken.py").write_text("raise ZeroDivisionError")
     (folder / "sound.py").write_text(CLASS.format(name="Sound"))

@@ -275,7 +275,7 @@ def test_declared_files_may_be_read(data, tmp_path, declared):
     with watching("reader", (paths[declared],)) as watch:
         assert np.load(data).shape == (2, 1, 8, 8)
         assert np.load(tmp_path / "link" / data.name).shape == (2, 1, 8, 8)
-    assert watch.opened == [os.path.realpath(data)] * 2
+    assert watch.opened == {os.path.realpath(data): 2}
 
 
 def test_neighbours_of_declared_files_may_not(data, tmp_path):

@@ -13,9 +13,9 @@ from vestige.errors import ContractError, RecipeError
 class Registry:
     """What a package offers, one class per module, plus entry points of other distributions.
 
-    A module `pre_dfkd.py` offers the name `pre-dfkd`. Names are listed without importing anything;
-    a class is imported when it is asked for. A class that is offered nowhere goes by
-    "package.module:Class".
+    A module `pre_dfkd.py` offers the name `pre-dfkd`; a sub-package offers none. Names are listed
+    without importing anything; a class is imported when it is asked for. A class that is offered
+    nowhere goes by "package.module:Class".
     """
 
     def __init__(self, package: str, *, kind: str, group: str, marks: tuple[str, ...]) -> None:
@@ -107,7 +107,7 @@ class Registry:
         return {
             info.name.replace("_", "-"): f"{self._package}.{info.name}"
             for info in pkgutil.iter_modules(package.__path__)
-            if not info.name.startswith("_")
+            if not info.name.startswith("_") and not info.ispkg
         }
 
     def _entry_points(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Labelled images as pictures in one folder per class."""
 
 import hashlib
+import io
 import logging
 import struct
 from collections.abc import Iterator
@@ -44,7 +45,7 @@ class Pictures:
             DataError: a picture cannot be decoded.
         """
         for path in self.paths:
-            yield _decoded(path, grey=grey)[None]
+            yield decoded(path, grey=grey)[None]
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,13 @@ def check_depth(folder: Path, where: str = "the class's own folder") -> None:
         )
 
 
-def _decoded(path: Path, *, grey: bool) -> Images:
-    with opened(path) as image:
+def decoded(picture: Path | bytes, *, grey: bool) -> Images:
+    """A picture from its file or its bytes: (H, W) in grey, else (H, W) or (H, W, 3).
+
+    Raises:
+        DataError: it cannot be decoded.
+    """
+    with opened(picture) as image:
         if image.mode in ("I", "F"):
             raise ValueError("32 bits per channel, expected 8 or 16")
         if image.mode.startswith("I;16"):
@@ -156,21 +162,22 @@ def _decoded(path: Path, *, grey: bool) -> Images:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """The picture at `path`, which is decoded when it is asked.
+def opened(picture: Path | bytes) -> Iterator[Any]:
+    """The picture in a file or in its bytes, which is decoded when it is asked.
 
     Raises:
         DataError: it cannot be opened or decoded within the block, or a ValueError was raised.
     """
     from PIL import Image
 
+    named = "a picture" if isinstance(picture, bytes) else str(picture)
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
             yield image
     except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(
-            f"got {path}, which cannot be read as a picture ({error}), expected one of "
+            f"got {named}, which cannot be read as a picture ({error}), expected one of "
             f"{', '.join(SUFFIXES)}; replace or remove it"
         ) from error

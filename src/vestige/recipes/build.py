@@ -20,7 +20,7 @@ from vestige.recipes.requirements import check_requirements, no_batchnorm
 from vestige.recipes.resolve import resolve_teachers, shown
 from vestige.recipes.schema import Recipe
 from vestige.recipes.settle import settled
-from vestige.recipes.sources import build_source, record_of
+from vestige.recipes.sources import Ledger, build_source, record_of
 from vestige.recipes.student import build_student, input_card, network_card
 from vestige.recipes.tasks import make_task, task_card
 from vestige.teachers.loading import fingerprint
@@ -28,7 +28,7 @@ from vestige.teachers.white_box import WhiteBoxTeacher
 from vestige.training import guard, runtime
 from vestige.training.inspection import notices
 from vestige.training.pools import foreign_pools
-from vestige.training.summary import RealData, RunFacts
+from vestige.training.summary import RunFacts
 from vestige.training.tracking import Callback
 from vestige.training.trainer import Trainer
 
@@ -80,9 +80,9 @@ def build(
     student = None
     if recipe.student is not None:
         student = build_student(recipe.student, spec, task.num_classes, recipe.seed).to(device)
-    read: list[RealData] = []
+    ledger = Ledger(arm or recipe.method)
     sources = {
-        name: build_source(config, spec, recipe.seed, device, read, arm or recipe.method)
+        name: build_source(name, config, spec, recipe.seed, device, ledger)
         for name, config in recipe.sources.items()
     }
     evaluate, teacher_score, details = None, None, None
@@ -92,7 +92,7 @@ def build(
         # Several teachers may know different classes.
         known = classes if len(classes) == task.num_classes else ()
         examples, classes = fit_classes(test, spec, known, task.num_classes)
-        read.append(record_of(test, "real", "evaluation", "evaluation"))
+        ledger.records.append(record_of(test, "real", "evaluation", "evaluation"))
         evaluate = _evaluation(task, examples)
         details = in_detail(task, first.module if len(loaded) == 1 else None, examples)
         # Not through the teacher object, which counts what the method asks of it.
@@ -138,7 +138,8 @@ def build(
         teacher_parameters=sum(count_parameters(one.module) for one in loaded),
         teacher_fingerprint=weights,
         teacher_trained_on="; ".join(one.trained_on for one in loaded if one.trained_on),
-        real_data=tuple(read),
+        real_data=tuple(ledger.records),
+        sources=ledger.about,
         seed=recipe.seed,
         recipe_yaml=recipe.to_yaml(),
         student_card={

@@ -14,6 +14,7 @@ from vestige.recipes.files import DEEPEST, MOST_VALUES, near, short
 from vestige.recipes.mistakes import explain as explain
 from vestige.recipes.mistakes import mistakes_in
 from vestige.recipes.schema import Recipe
+from vestige.recipes.source_checks import source_problems
 from vestige.recipes.student import SMP
 from vestige.recipes.teacher_schema import load_teacher_recipe
 from vestige.teachers.loading import KEYS as TEACHER_KEYS
@@ -196,12 +197,7 @@ def requirement_problems(recipe: Recipe) -> Iterator[str]:
                     f"{', '.join(sorted(allowed)) or 'no sources'}{near(name, sorted(allowed))}"
                 )
         for name, source in run.sources.items():
-            if source.kind == "images" and source.data is None:
-                yield f"{where}sources.{name}.data: images need the name or folder of a set"
-            if source.kind == "pool" and source.data is None:
-                yield f"{where}sources.{name}.data: a pool needs its folder, or that of its run"
-            if source.kind == "factory" and source.factory is None:
-                yield f"{where}sources.{name}.factory: is missing; 'package.module:callable'"
+            yield from source_problems(f"{where}sources.{name}", source)
         low, high = requires.teachers
         if not low <= 1 + len(run.more_teachers) <= high:
             yield (

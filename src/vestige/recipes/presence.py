@@ -9,6 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from vestige.data.unlabelled.made_up import MADE_UP
+from vestige.data.unlabelled.opening import find_unlabelled
 from vestige.errors import DataError, RecipeError
 from vestige.recipes.catalog import DATA, METHODS, PLUGINS
 from vestige.recipes.extras import lacking
@@ -96,11 +98,23 @@ def _sources(where: str, run: Recipe) -> Iterator[str]:
     for name, source in run.sources.items():
         key = f"{where}sources.{name}"
         if source.kind == "images" and source.data is not None:
-            yield from _data(f"{key}.data", source.data, source.split, _kind(run))
+            yield from _data(f"{key}.data", source.data, source.split or "train", _kind(run))
+        if source.kind == "folder" and source.data is not None:
+            yield from _unlabelled(f"{key}.data", source.data, source.split)
+        for part_name, part in source.parts.items() if source.kind == "heap" else ():
+            if part.data not in MADE_UP:
+                yield from _unlabelled(f"{key}.parts.{part_name}.data", part.data, part.split)
         if source.kind == "pool" and source.data is not None:
             yield from _pool(f"{key}.data", Path(source.data))
         if source.kind == "factory" and source.factory is not None:
             yield from _callable(f"{key}.factory", source.factory)
+
+
+def _unlabelled(key: str, data: str, split: str | None) -> Iterator[str]:
+    try:
+        find_unlabelled(data, split)
+    except DataError as error:
+        yield f"{key}: {error}"
 
 
 def _pool(key: str, folder: Path) -> Iterator[str]:

@@ -77,31 +77,68 @@ class ModelConfig(_Strict):
     args: dict[str, Any] = {}
 
 
+Split = Literal["train", "select", "test", "all"]
+
+
+class PartConfig(_Strict):
+    """One part of a source of kind "heap".
+
+    Attributes:
+        data: as for a source of kind "folder", or "noise" or "textures", which are made up at the
+            teacher's size and need a `count`.
+        split: as for "folder".
+        column: likewise.
+        count: likewise.
+        shift: distortions of its images, one after another, drawn by the recipe's seed: "invert",
+            "tint", "rotate", "thicken", "thin", "blur", "noise", "contrast", "shade"; "a|b" draws
+            one of several for each image.
+        wanted: whether its images are of the teacher's classes, for the report on what a method
+            chose; null where nobody knows. No method is told.
+    """
+
+    data: str
+    split: Split | None = None
+    column: str | None = None
+    count: int | None = Field(None, ge=1)
+    shift: tuple[str, ...] = ()
+    wanted: bool | None = None
+
+
 class SourceConfig(_Strict):
     """Where inputs come from that the method does not make.
 
     Attributes:
-        kind: "noise", "untrained-generator", "images" (a set of whatever kind the inputs are), or
+        kind: "noise", "untrained-generator", "images" (a labelled set of whatever kind the inputs
+            are), "folder" (unlabelled images of any size), "heap" (several of these together),
             "pool" (synthetic images that a run left), or "factory", a callable of the user's own.
         distribution: of noise, "normal" per value of the normalised input, or "uniform" images.
         generator: of "untrained-generator", with `generator_width` and `latent_dim`.
-        data: of "images", name or folder of a set, with `split`; of "pool", its folder or that of
-            its run.
-        origin: of "images": "real" is the teacher's own data (reference arm), "foreign" is
-            anything else.
+        data: of "images", name or folder of a set, with `split`; of "folder", a folder of pictures
+            at any depth, an .npz or .npy file, a folder of datasets.save_to_disk or the name of a
+            set; of "pool", its folder or that of its run.
+        split: of "images", null is "train"; of "folder", null is "train" of what has splits and
+            everything of what has none.
+        origin: of "images", "folder" and "heap": "real" is the teacher's own data (reference arm),
+            "foreign" is anything else.
+        column: of "folder", where a saved data set has several columns of pictures.
+        count: of "folder", the first so many after a shuffle by the recipe's seed; null takes all.
+        parts: of "heap", by name.
         factory: of "factory", "package.module:callable"; called with `spec` and `args` it returns
             a Source.
         args: of `factory`.
     """
 
-    kind: Literal["noise", "untrained-generator", "images", "pool", "factory"]
+    kind: Literal["noise", "untrained-generator", "images", "folder", "heap", "pool", "factory"]
     distribution: Literal["normal", "uniform"] = "normal"
     generator: str = "upsample"
     generator_width: int = 64
     latent_dim: int = 256
     data: str | None = None
-    split: Literal["train", "select", "test"] = "train"
+    split: Split | None = None
     origin: Literal["real", "foreign", "unlabelled"] = "foreign"
+    column: str | None = None
+    count: int | None = Field(None, ge=1)
+    parts: dict[str, PartConfig] = {}
     factory: str | None = None
     args: dict[str, Any] = {}
 

@@ -1,7 +1,9 @@
 """The sources that a recipe names, and the record of what they read."""
 
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +14,7 @@ from vestige.models.factory import build_generator
 from vestige.recipes.catalog import DATA
 from vestige.recipes.factories import call
 from vestige.recipes.schema import SourceConfig
+from vestige.recipes.unlabelled import open_folder, open_heap
 from vestige.sources.generator import GeneratorSource
 from vestige.sources.images import TensorSource
 from vestige.sources.noise import NoiseSource
@@ -22,15 +25,36 @@ from vestige.training.summary import RealData
 MADE_UP = ("noise", "generator", "synthetic")
 
 
+@dataclass
+class Ledger:
+    """What was read to build the sources of a run.
+
+    Attributes:
+        reader: who reads, for the records.
+        records: everything real.
+        about: by source, what else is known of it, for the run record.
+    """
+
+    reader: str
+    records: list[RealData] = field(default_factory=list)
+    about: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def note(self, name: str, origin: str, images: int, fingerprint: str) -> None:
+        """That something real was read to learn from."""
+        self.records.append(
+            RealData(name, origin, self.reader, "distillation", images, fingerprint)
+        )
+
+
 def build_source(
+    name: str,
     config: SourceConfig,
     spec: InputSpec,
     seed: int,
     device: torch.device,
-    read: list[RealData],
-    reader: str,
+    ledger: Ledger,
 ) -> Source:
-    """A source; what it reads is added to `read`."""
+    """The source `name`; what it reads is noted in `ledger`."""
     if config.kind == "noise":
         return NoiseSource(spec, distribution=config.distribution)
     if config.kind == "untrained-generator":
@@ -44,11 +68,17 @@ def build_source(
     if config.kind == "factory":
         made: Source = call("sources", str(config.factory), {"spec": spec, **config.args})
         if made.origin not in MADE_UP:
-            count = len(made) if isinstance(made, Sized) else 0
-            read.append(RealData(made.name, made.origin, reader, "distillation", count, ""))
+            ledger.note(made.name, made.origin, len(made) if isinstance(made, Sized) else 0, "")
         return made
-    found = DATA.get(spec.kind).open(str(config.data), config.split)
-    read.append(record_of(found, config.origin, reader, "distillation"))
+    if config.kind in ("folder", "heap"):
+        opening = open_folder if config.kind == "folder" else open_heap
+        opened = opening(name, config, spec, seed, device)
+        for part in opened.read:
+            ledger.note(part.name, config.origin, part.images, part.fingerprint)
+        ledger.about[name] = opened.about
+        return opened.source
+    found = DATA.get(spec.kind).open(str(config.data), config.split or "train")
+    ledger.records.append(record_of(found, config.origin, ledger.reader, "distillation"))
     inputs = found.inputs(spec).to(device)
     return TensorSource(inputs, origin=config.origin, name=found.name)
 

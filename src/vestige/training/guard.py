@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ class Watch:
 
     method: str
     allowed: tuple[Path, ...] = ()
-    opened: list[str] = field(default_factory=list)
+    opened: Counter[str] = field(default_factory=Counter)
     refused: list[str] = field(default_factory=list)
     made: set[str] = field(default_factory=set)
     active: bool = True
@@ -80,7 +81,7 @@ def _audit(event: str, arguments: tuple[object, ...]) -> None:
     if path.startswith((*_SYSTEM, *_compiler())):
         return
     if any(path == str(root) or path.startswith(f"{root}{os.sep}") for root in watch.allowed):
-        watch.opened.append(path)
+        watch.opened[path] += 1
         return
     if _is_trusted():
         return

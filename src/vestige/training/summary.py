@@ -71,6 +71,8 @@ class RunFacts:
         student_card: what is needed to build the student again.
         command: how to run it again.
         started: date and time, ISO 8601.
+        sources: by name, what is known of those that images were decoded for: how many rows, what
+            could not be decoded, of which parts a heap is.
     """
 
     method: str
@@ -86,6 +88,7 @@ class RunFacts:
     started: str = ""
     teacher_trained_on: str = ""
     variant: str = ""
+    sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 # Where a run's result lies in its folder, by kind; a network is the student.
@@ -110,6 +113,7 @@ def write_start(out: Path, facts: RunFacts) -> None:
             "teacher_fingerprint": facts.teacher_fingerprint,
             "teacher_trained_on": facts.teacher_trained_on,
             "real_data": [asdict(item) for item in facts.real_data],
+            "sources": {name: dict(about) for name, about in facts.sources.items()},
         },
     )
 

@@ -1,0 +1,1 @@
+"""Images without labels, of whatever kind and size, decoded for one teacher."""
