@@ -109,7 +109,7 @@ def test_mistakes_are_named(tiny: Path) -> None:
 def test_passes_of_networks_that_nobody_calls_are_named(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DFAD, "passes", lambda self, cfg: {"critic_forward": 3.0})
+    monkeypatch.setattr(dfad.DFAD, "passes", lambda self, cfg: {"critic_forward": 3.0})
     with pytest.raises(RecipeError, match="got the passes critic_forward of networks that no step"):
         measured(tiny)
 
