@@ -112,6 +112,8 @@ def put_in_cache(name: str, cache: Path) -> None:
         parameters=count_parameters(module),
         accuracy=0.1,
         torch=torch.__version__,
+        task=recipe.task,
+        task_config=recipe.task_config,
     )
     stem = cache / "teachers" / f"{recipe.name}-{recipe.sha256()[:12]}"
     write_bytes(stem.with_suffix(".safetensors"), tensors_to_bytes(module.state_dict()))
