@@ -18,7 +18,14 @@ from vestige.core import parallel
 from vestige.core.protocols import Source, Task, Teacher
 from vestige.core.types import InputSpec, Requires, count_parameters
 from vestige.errors import RecipeError, ShapeError, TeacherError
-from vestige.recipes.build import Job, build_method, build_plugins, in_detail, variant_of
+from vestige.recipes.build import (
+    Job,
+    build_method,
+    build_plugins,
+    in_detail,
+    in_pictures,
+    variant_of,
+)
 from vestige.recipes.catalog import METHODS, PLUGINS, TASKS, describe_methods
 from vestige.recipes.checks import explain
 from vestige.recipes.run import check_folder, run_job
@@ -34,6 +41,7 @@ from vestige.training.moments import drawable
 from vestige.training.outcome import Outcome
 from vestige.training.pictures import contact_sheet, png
 from vestige.training.pools import pool_of
+from vestige.training.report.tables import metric_name
 from vestige.training.summary import (
     RealData,
     RunFacts,
@@ -84,7 +92,7 @@ class DistillReport:
     def _facts(self) -> list[tuple[str, str]]:
         summary, student = self.summary, self.summary["student"] or {}
         variant = f" ({summary['variant']})" if summary["variant"] else ""
-        metric = summary["metric"]
+        metric = metric_name(summary["metric"])
         facts = [("method", f"{summary['method']}{variant}")]
         taught, learned = (summary["teacher"] or {}).get("score"), student.get("score")
         for name, score in (("teacher", taught), ("student", learned)):
@@ -185,7 +193,8 @@ def distill(
             stand in the run's recipe.yaml.
         plugins: names or classes, or (name or class, settings), outermost first.
         evaluate: (inputs, labels) in the teacher's normalised space, a callable from the student
-            to metrics with "accuracy", or None. Used to report, never to choose.
+            to metrics, the task's among them ("accuracy"), or None. Used to report, never to
+            choose.
         sources: inputs by the names that the method asks for; a tensor counts as foreign data.
         budget: "minutes" and "steps"; stops the run, bends no schedule.
         seed: of every stream of randomness.
@@ -296,12 +305,13 @@ def distill(
         variant=variant_of(built),
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    details = None
+    details, answers = None, None
     if isinstance(evaluate, tuple):
         # A black box is no network here: asking it would cost, and count, queries.
         alone = networks[0] if len(handed) == len(networks) == 1 else None
         details = in_detail(judged, alone, evaluate)
-    job = Job(run, judged, facts, (), student, details)
+        answers = in_pictures(judged, alone, evaluate)
+    job = Job(run, judged, facts, (), student, details, answers)
     with shown(progress if parallel.rank() == 0 else False) as watching:
         run.callbacks.extend(watching)
         outcome, summary = run_job(job, folder, resume=resume)
