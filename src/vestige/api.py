@@ -26,12 +26,13 @@ from vestige.recipes.build import (
     in_pictures,
     variant_of,
 )
-from vestige.recipes.catalog import METHODS, PLUGINS, TASKS, describe_methods
-from vestige.recipes.checks import explain
+from vestige.recipes.catalog import METHODS, PLUGINS, describe_methods
+from vestige.recipes.mistakes import explain
 from vestige.recipes.run import check_folder, run_job
 from vestige.recipes.settle import suggested
 from vestige.recipes.sources import MADE_UP
 from vestige.recipes.student import input_card
+from vestige.recipes.tasks import make_task, task_card
 from vestige.sources.images import TensorSource
 from vestige.teachers.loading import fingerprint, load_teacher
 from vestige.teachers.white_box import WhiteBoxTeacher, check_finite
@@ -131,6 +132,7 @@ def distill(
     spec: InputSpec,
     num_classes: int,
     task: str = "classification",
+    task_config: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
     plugins: Sequence[str | type | tuple[str | type, Mapping[str, Any]]] = (),
     evaluate: tuple[Tensor, Tensor] | Evaluate | None = None,
@@ -188,12 +190,13 @@ def distill(
         method: a name of `list_methods`, or a method's class.
         spec: of one input of the teacher.
         num_classes: K, number of logits.
-        task: what an input is and how an answer is judged.
+        task: what an input is and how an answer is judged: "classification" or "segmentation".
+        task_config: settings of the task, for example {"ignore_index": 255}.
         config: settings of the method; what is left out is chosen as `defaults` says. All of them
             stand in the run's recipe.yaml.
         plugins: names or classes, or (name or class, settings), outermost first.
         evaluate: (inputs, labels) in the teacher's normalised space, a callable from the student
-            to metrics, the task's among them ("accuracy"), or None. Used to report, never to
+            to metrics with the task's own ("accuracy", "miou"), or None. Used to report, never to
             choose.
         sources: inputs by the names that the method asks for; a tensor counts as foreign data.
         budget: "minutes" and "steps"; stops the run, bends no schedule.
@@ -230,7 +233,7 @@ def distill(
     where = runtime.device(device)
     handed = list(teacher) if isinstance(teacher, Sequence) else [teacher]
     networks = [one for one in handed if isinstance(one, nn.Module)]
-    judged: Task = TASKS.get(task)(spec, num_classes)
+    judged = make_task(task, spec, num_classes, task_config)
     # First, so that lazy layers get their weights. A black box is not asked, since that may cost;
     # several teachers may know other classes.
     for network in networks:
@@ -268,6 +271,7 @@ def distill(
         identity={
             "method": method_name,
             "task": task,
+            **({"task_config": dict(task_config)} if task_config else {}),
             "config": settings.model_dump(mode="json"),
             "input": [spec.kind, list(spec.shape), list(spec.mean), list(spec.std)],
             "num_classes": num_classes,
@@ -300,6 +304,7 @@ def distill(
             "class": f"{type(student).__module__}:{type(student).__qualname__}",
             "input": input_card(spec),
             "num_classes": num_classes,
+            **task_card(task, task_config or {}),
         },
         command="vestige.distill(...)",
         variant=variant_of(built),

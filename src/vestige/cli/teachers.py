@@ -57,7 +57,8 @@ def train_teacher(
             resume=resume,
             minutes=minutes,
         )
+    metric, score = card.measured
     typer.echo(
-        f"{out / loaded.name}.safetensors: test accuracy {card.accuracy:.1%}, {card.parameters} "
+        f"{out / loaded.name}.safetensors: test {metric} {score:.1%}, {card.parameters} "
         f"parameters, fingerprint {card.weights_fingerprint[:12]}"
     )

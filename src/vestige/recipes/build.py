@@ -13,15 +13,16 @@ from vestige.core import seeding
 from vestige.core.protocols import JudgesInDetail, Plugin, ShowsAnswers, Source, Task, Teacher
 from vestige.core.types import Requires, count_parameters
 from vestige.errors import NoBatchNormError, RecipeError
-from vestige.recipes.catalog import DATA, METHODS, PLUGINS, TASKS
-from vestige.recipes.checks import explain
+from vestige.recipes.catalog import DATA, METHODS, PLUGINS
 from vestige.recipes.examples import fit_classes
+from vestige.recipes.mistakes import explain
 from vestige.recipes.requirements import check_requirements, no_batchnorm
 from vestige.recipes.resolve import resolve_teachers, shown
 from vestige.recipes.schema import Recipe
 from vestige.recipes.settle import settled
 from vestige.recipes.sources import build_source, record_of
 from vestige.recipes.student import build_student, input_card, network_card
+from vestige.recipes.tasks import make_task, task_card
 from vestige.teachers.loading import fingerprint
 from vestige.teachers.white_box import WhiteBoxTeacher
 from vestige.training import guard, runtime
@@ -78,7 +79,8 @@ def build(
     first = loaded[0]
     spec = first.spec
     teachers = [shown(one.module.to(device), recipe) for one in loaded]
-    task = TASKS.get(recipe.task)(spec, recipe.num_classes or first.num_classes)
+    task_config = {**first.task_config, **recipe.task_config}
+    task = make_task(recipe.task, spec, recipe.num_classes or first.num_classes, task_config)
     student = None
     if recipe.student is not None:
         student = build_student(recipe.student, spec, task.num_classes, recipe.seed).to(device)
@@ -150,6 +152,7 @@ def build(
             "input": input_card(spec),
             "num_classes": task.num_classes,
             "classes": list(classes),
+            **task_card(recipe.task, task_config),
         },
         command=command,
         variant=variant_of(method),

@@ -4,17 +4,19 @@ import difflib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from torch import nn
 
 from vestige.core.types import InputSpec
 from vestige.errors import TeacherError
 from vestige.models.factory import build_model
 from vestige.teachers import hub, smp, vision
+from vestige.teachers.cards import BuiltinCard, ImageInput
 from vestige.teachers.ensemble import CombinedNetwork
 from vestige.teachers.files import load_weights, read_weights
 from vestige.teachers.opened import OpenedTeacher, call_factory, check_asked, read_input
@@ -22,7 +24,7 @@ from vestige.teachers.opened import OpenedTeacher, call_factory, check_asked, re
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 SCHEMES = ("builtin", "timm", "smp", "hf")
 KINDS = ("factory", "model", "timm", "smp", "hf", "ensemble")
-KEYS = (*KINDS, "args", "weights", "combine", "input", "num_classes")
+KEYS = (*KINDS, "args", "weights", "combine", "input", "num_classes", "task", "task_config")
 FORMS = (
     "'builtin:NAME', 'timm:NAME', 'smp:FOLDER', 'hf:ORG/NAME', 'hf:FOLDER', the path of a card "
     "(.json), {'factory': 'package.module:callable', 'args': {...}, 'weights': 'FILE'}, the same "
@@ -38,59 +40,23 @@ _FROM_PACKAGES: dict[str, Callable[..., OpenedTeacher]] = {
     "hf": hub.load_hub,
 }
 
-
-class ImageInput(BaseModel):
-    """The input spec of an image model, as it stands in recipes and cards."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    channels: int = Field(ge=1)
-    height: int = Field(ge=1)
-    width: int = Field(ge=1)
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-
-    def spec(self) -> InputSpec:
-        """The same as an InputSpec."""
-        return InputSpec.image(self.channels, self.height, self.width, mean=self.mean, std=self.std)
-
-
-class BuiltinCard(BaseModel):
-    """What is known about a teacher whose weights lie beside the card.
-
-    Attributes:
-        name: as in "builtin:NAME".
-        model: name in `models.factory`.
-        args: its arguments.
-        input: what one input looks like.
-        num_classes: K, number of logits.
-        classes: their names, in the order of the logits.
-        data: name of the data set it was trained on (split "train").
-        train_fingerprint: sha256 of the training images, see `data.image.ImageSet`.
-        test_fingerprint: sha256 of the images that `accuracy` was measured on.
-        recipe_sha256: of the recipe's values.
-        weights_fingerprint: `fingerprint` of the trained module.
-        parameters: number of weights.
-        accuracy: on the test split, in [0, 1], measured once after training.
-        torch: version that it was trained with.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    model: str
-    args: dict[str, Any]
-    input: ImageInput
-    num_classes: int = Field(ge=2)
-    classes: tuple[str, ...]
-    data: str
-    train_fingerprint: str
-    test_fingerprint: str
-    recipe_sha256: str
-    weights_fingerprint: str
-    parameters: int
-    accuracy: float = Field(ge=0, le=1)
-    torch: str
+__all__ = [
+    "FORMS",
+    "KEYS",
+    "KINDS",
+    "SCHEMES",
+    "WEIGHTS_FOLDER",
+    "BuiltinCard",
+    "ImageInput",
+    "builtin_card",
+    "builtin_teachers",
+    "fingerprint",
+    "load_from_card",
+    "load_teacher",
+    "of_card",
+    "open_teacher",
+    "read_card",
+]
 
 
 def load_teacher(
@@ -116,7 +82,8 @@ def load_teacher(
             "weights" is a .safetensors file, or a .pt or .pth file that holds nothing but tensors.
             Without it timm, hf and a saved smp network take the pretrained weights, and others stay
             as they were built.
-            "input" and "num_classes" in a mapping stand for the arguments below.
+            "input" and "num_classes" in a mapping stand for the arguments below; "task" and
+            "task_config" say what it was trained for, as in a recipe.
         input_spec: what one input looks like; needed for "model", checked where the teacher says it
             itself, where images may have another size.
         num_classes: number of logits; likewise.
@@ -151,7 +118,9 @@ def open_teacher(
         MissingExtraError: likewise.
     """
     if isinstance(spec, Mapping):
-        return _open_mapping(spec, input_spec, num_classes, openers or {})
+        opened = _open_mapping(spec, input_spec, num_classes, openers or {})
+        task, settings = spec.get("task") or opened.task, spec.get("task_config")
+        return replace(opened, task=str(task), task_config=settings or opened.task_config)
     text = str(spec)
     if text.endswith(".json"):
         return _checked(text, _open_card(Path(text).expanduser()), input_spec, num_classes)
@@ -315,6 +284,7 @@ def _open_ensemble(
             ("inputs", members[0].spec, member.spec),
             ("number of classes", members[0].num_classes, member.num_classes),
             ("classes", members[0].classes, member.classes),
+            ("task", members[0].task, member.task),
         ):
             if first and other and first != other:
                 raise TeacherError(
@@ -336,6 +306,8 @@ def _open_ensemble(
         known([member.num_classes for member in members]),
         known([member.classes for member in members]) or (),
         "; ".join(dict.fromkeys(one.trained_on for one in members if one.trained_on)),
+        known([member.task for member in members]) or "",
+        known([member.task_config for member in members]) or {},
     )
 
 
@@ -350,6 +322,7 @@ def _open_card(path: Path) -> OpenedTeacher:
         weights = path.parent / str(card["weights"])
         spec, count = read_input(card["input"]), int(card["num_classes"])
         classes = tuple(map(str, card.get("classes") or ()))
+        task, settings = str(card.get("task") or ""), dict(card.get("task_config") or {})
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, TeacherError) and str(path) in str(error):
             raise
@@ -363,13 +336,21 @@ def _open_card(path: Path) -> OpenedTeacher:
             "name its 'factory' in a mapping, with these weights"
         )
     module = load_teacher({**known, "weights": weights}, input_spec=spec, num_classes=count)
-    return OpenedTeacher(module, spec, count, classes)
+    return OpenedTeacher(module, spec, count, classes, task=task, task_config=settings)
 
 
 def of_card(card: BuiltinCard, module: nn.Module) -> OpenedTeacher:
     """The network with what its card says."""
     about = f"{card.data}/train, {card.train_fingerprint[:12]}"
-    return OpenedTeacher(module, card.input.spec(), card.num_classes, card.classes, about)
+    return OpenedTeacher(
+        module,
+        card.input.spec(),
+        card.num_classes,
+        card.classes,
+        about,
+        card.task,
+        card.task_config,
+    )
 
 
 def _checked(
