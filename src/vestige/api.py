@@ -9,8 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 import yaml
+from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -27,16 +29,20 @@ from vestige.recipes.build import (
     variant_of,
 )
 from vestige.recipes.catalog import METHODS, PLUGINS, describe_methods
+from vestige.recipes.leaks import Hashed, hashes_of_inputs, hashes_of_rows, leaks
 from vestige.recipes.mistakes import explain
 from vestige.recipes.run import check_folder, run_job
 from vestige.recipes.settle import suggested
 from vestige.recipes.sources import MADE_UP
 from vestige.recipes.student import input_card
 from vestige.recipes.tasks import make_task, task_card
+from vestige.recipes.unlabelled import Opened, few_rows, open_given
 from vestige.sources.images import TensorSource
+from vestige.sources.stored import StoredImages
 from vestige.teachers.loading import fingerprint, load_teacher
 from vestige.teachers.white_box import WhiteBoxTeacher, check_finite
 from vestige.training import runtime
+from vestige.training.diagnosis import Finding
 from vestige.training.inspection import notices
 from vestige.training.moments import drawable
 from vestige.training.outcome import Outcome
@@ -136,7 +142,7 @@ def distill(
     config: Mapping[str, Any] | None = None,
     plugins: Sequence[str | type | tuple[str | type, Mapping[str, Any]]] = (),
     evaluate: tuple[Tensor, Tensor] | Evaluate | None = None,
-    sources: Mapping[str, Source | Tensor] | None = None,
+    sources: Mapping[str, Source | Tensor | NDArray[Any] | str | Path] | None = None,
     budget: Mapping[str, float] | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -198,7 +204,9 @@ def distill(
         evaluate: (inputs, labels) in the teacher's normalised space, a callable from the student
             to metrics with the task's own ("accuracy", "miou"), or None. Used to report, never to
             choose.
-        sources: inputs by the names that the method asks for; a tensor counts as foreign data.
+        sources: inputs by the names that the method asks for: a tensor of normalised inputs, images
+            as a uint8 array (N, H, W) or (N, H, W, C), the path of a folder of pictures or of an
+            .npz or .npy file, or a source; all but the last count as foreign data.
         budget: "minutes" and "steps"; stops the run, bends no schedule.
         seed: of every stream of randomness.
         device: "auto", "cpu", "cuda" or "cuda:N".
@@ -246,7 +254,15 @@ def distill(
             "(copy.deepcopy if it is to start from the teacher)"
         )
     teachers = [_frozen(one, where) for one in handed]
-    given = {name: _source(name, source, where) for name, source in (sources or {}).items()}
+    opened = {
+        name: open_given(name, handed_in, spec, seed, where)
+        for name, handed_in in (sources or {}).items()
+        if isinstance(handed_in, str | Path | np.ndarray)
+    }
+    given = {
+        name: opened[name].source if name in opened else _source(name, source, where)
+        for name, source in (sources or {}).items()
+    }
     _check_sources(method_name, chosen.requires, given)
     wrapped = _listed(plugins)
     judge = _judge(judged, evaluate)
@@ -257,6 +273,7 @@ def distill(
     score = None
     if judge is not None and networks:
         score = float(judge(networks[0])[judged.metric])
+    leaked, overlaps = _leaks(given, evaluate, spec)
     run = Trainer(
         built,
         judged,
@@ -281,12 +298,15 @@ def distill(
                 name: _digest(source)
                 for name, source in (sources or {}).items()
                 if isinstance(source, Tensor)
-            },
+            }
+            | {name: one.read[0].fingerprint for name, one in opened.items()},
         },
         callbacks=callbacks,
-        noticed=notices(
-            networks, judged, evaluate[0] if isinstance(evaluate, tuple) else None, score
-        ),
+        noticed=[
+            *notices(networks, judged, evaluate[0] if isinstance(evaluate, tuple) else None, score),
+            *leaked,
+            *few_rows(given, settings),
+        ],
     )
     facts = RunFacts(
         method=method_name,
@@ -294,7 +314,12 @@ def distill(
         teacher_score=score,
         teacher_parameters=sum(count_parameters(network) for network in networks),
         teacher_fingerprint=weights,
-        real_data=_real_data(evaluate, given),
+        real_data=_real_data(evaluate, given, opened),
+        sources={
+            name: {**(opened[name].about if name in opened else {}), **overlaps.get(name, {})}
+            for name in given
+            if name in opened or name in overlaps
+        },
         seed=seed,
         recipe_yaml=yaml.safe_dump(
             {"method": method_name, "config": settings.model_dump(mode="json"), "seed": seed},
@@ -396,15 +421,31 @@ def _frozen(teacher: nn.Module | Teacher, device: Any) -> Teacher:
     return WhiteBoxTeacher(teacher.to(device))
 
 
-def _source(name: str, source: Source | Tensor, device: Any) -> Source:
-    if not isinstance(source, Tensor) and not hasattr(source, "draw"):
-        raise RecipeError(
-            f"sources.{name}: got {type(source).__name__}, expected a tensor of inputs or an "
-            "object with draw(count, rng); convert arrays by torch.from_numpy"
-        )
+def _source(name: str, source: Any, device: Any) -> Source:
     if isinstance(source, Tensor):
         return TensorSource(source.to(device), origin="foreign", name=name)
-    return source
+    if not hasattr(source, "draw"):
+        raise RecipeError(
+            f"sources.{name}: got {type(source).__name__}, expected a tensor of inputs, a uint8 "
+            "array of images, a path, or an object with draw(count, rng); convert it to one"
+        )
+    given: Source = source
+    return given
+
+
+def _leaks(
+    given: Mapping[str, Source], evaluate: object, spec: InputSpec
+) -> tuple[list[Finding], dict[str, dict[str, Any]]]:
+    """`leaks` of what was handed in as images; a source of another kind is not read."""
+    if not isinstance(evaluate, tuple):
+        return [], {}
+    hashed: dict[str, Hashed] = {}
+    for name, source in given.items():
+        if isinstance(source, StoredImages) and source.hashes is not None:
+            hashed[name] = partial(getattr, source, "hashes")
+        elif isinstance(source, StoredImages | TensorSource):
+            hashed[name] = partial(hashes_of_rows, source, spec)
+    return leaks(hashed, partial(hashes_of_inputs, evaluate[0], spec))
 
 
 def _check_sources(method: str, requires: Requires, given: Mapping[str, Source]) -> None:
@@ -486,7 +527,9 @@ def _checked(task: Task, evaluate: Evaluate) -> Evaluate:
 
 
 def _real_data(
-    evaluate: tuple[Tensor, Tensor] | Callable[..., Any] | None, sources: Mapping[str, Source]
+    evaluate: tuple[Tensor, Tensor] | Callable[..., Any] | None,
+    sources: Mapping[str, Source],
+    opened: Mapping[str, Opened],
 ) -> tuple[RealData, ...]:
     read = []
     if isinstance(evaluate, tuple):
@@ -498,5 +541,6 @@ def _real_data(
     for name, source in sources.items():
         if source.origin not in MADE_UP:
             count = len(source) if isinstance(source, Sized) else 0
-            read.append(RealData(name, source.origin, "method", "distillation", count, ""))
+            digest = opened[name].read[0].fingerprint if name in opened else ""
+            read.append(RealData(name, source.origin, "method", "distillation", count, digest))
     return tuple(read)

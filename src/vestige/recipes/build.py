@@ -3,6 +3,7 @@
 import datetime
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from vestige.core.types import Requires, count_parameters
 from vestige.errors import NoBatchNormError, RecipeError
 from vestige.recipes.catalog import DATA, METHODS, PLUGINS
 from vestige.recipes.examples import fit_classes
+from vestige.recipes.leaks import hashes_of_set, leaks
 from vestige.recipes.mistakes import explain
 from vestige.recipes.requirements import check_requirements, no_batchnorm
 from vestige.recipes.resolve import resolve_teachers, shown
@@ -23,9 +25,11 @@ from vestige.recipes.settle import settled
 from vestige.recipes.sources import Ledger, build_source, record_of
 from vestige.recipes.student import build_student, input_card, network_card
 from vestige.recipes.tasks import make_task, task_card
+from vestige.recipes.unlabelled import few_rows
 from vestige.teachers.loading import fingerprint
 from vestige.teachers.white_box import WhiteBoxTeacher
 from vestige.training import guard, runtime
+from vestige.training.diagnosis import Finding
 from vestige.training.inspection import notices
 from vestige.training.pools import foreign_pools
 from vestige.training.summary import RunFacts
@@ -90,6 +94,7 @@ def build(
         for name, config in recipe.sources.items()
     }
     evaluate, teacher_score, details, answers = None, None, None, None
+    leaked: list[Finding] = []
     classes = first.classes
     if recipe.data is not None:
         test = DATA.get(spec.kind).open(recipe.data, "test")
@@ -97,6 +102,9 @@ def build(
         known = classes if len(classes) == task.num_classes else ()
         examples, classes = fit_classes(test, spec, known, task.num_classes)
         ledger.records.append(record_of(test, "real", "evaluation", "evaluation"))
+        leaked, overlaps = leaks(ledger.hashed, partial(hashes_of_set, test, spec))
+        for name, told in overlaps.items():
+            ledger.about[name] = {**ledger.about.get(name, {}), **told}
         evaluate = _evaluation(task, examples)
         alone = first.module if len(loaded) == 1 else None
         details = in_detail(task, alone, examples)
@@ -135,6 +143,8 @@ def build(
         noticed=[
             *notices([one.module for one in loaded], task, score=teacher_score),
             *foreign_pools(sources, weights),
+            *leaked,
+            *few_rows(sources, recipe.method_config()),
         ],
     )
     facts = RunFacts(

@@ -15,6 +15,7 @@ from vestige.training.report.page_curves import (
     score_chart,
     term_charts,
 )
+from vestige.training.report.page_selection import selection_view
 from vestige.training.report.page_values import (
     exact,
     images_read,
@@ -67,6 +68,7 @@ def run_view(run: RunFolder, *, name: str, anchor: str) -> dict[str, Any]:
         "sheets": _sheets(run, chosen, parts),
         "gallery": _gallery(run, parts),
         "over_time": _over_time(run, chosen),
+        "selection": selection_view(run if run.selection else chosen),
         "curves": [
             made
             for x_key in ("step", "seconds")
