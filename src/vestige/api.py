@@ -18,7 +18,14 @@ from vestige.core import parallel
 from vestige.core.protocols import Source, Task, Teacher
 from vestige.core.types import InputSpec, Requires, count_parameters
 from vestige.errors import RecipeError, ShapeError, TeacherError
-from vestige.recipes.build import Job, build_method, build_plugins, in_detail, variant_of
+from vestige.recipes.build import (
+    Job,
+    build_method,
+    build_plugins,
+    in_detail,
+    in_pictures,
+    variant_of,
+)
 from vestige.recipes.catalog import METHODS, PLUGINS, describe_methods
 from vestige.recipes.mistakes import explain
 from vestige.recipes.run import check_folder, run_job
@@ -35,6 +42,7 @@ from vestige.training.moments import drawable
 from vestige.training.outcome import Outcome
 from vestige.training.pictures import contact_sheet, png
 from vestige.training.pools import pool_of
+from vestige.training.report.tables import metric_name
 from vestige.training.summary import (
     RealData,
     RunFacts,
@@ -85,7 +93,7 @@ class DistillReport:
     def _facts(self) -> list[tuple[str, str]]:
         summary, student = self.summary, self.summary["student"] or {}
         variant = f" ({summary['variant']})" if summary["variant"] else ""
-        metric = summary["metric"]
+        metric = metric_name(summary["metric"])
         facts = [("method", f"{summary['method']}{variant}")]
         taught, learned = (summary["teacher"] or {}).get("score"), student.get("score")
         for name, score in (("teacher", taught), ("student", learned)):
@@ -302,12 +310,13 @@ def distill(
         variant=variant_of(built),
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    details = None
+    details, answers = None, None
     if isinstance(evaluate, tuple):
         # A black box is no network here: asking it would cost, and count, queries.
         alone = networks[0] if len(handed) == len(networks) == 1 else None
         details = in_detail(judged, alone, evaluate)
-    job = Job(run, judged, facts, (), student, details)
+        answers = in_pictures(judged, alone, evaluate)
+    job = Job(run, judged, facts, (), student, details, answers)
     with shown(progress if parallel.rank() == 0 else False) as watching:
         run.callbacks.extend(watching)
         outcome, summary = run_job(job, folder, resume=resume)

@@ -345,10 +345,8 @@ class _ImagePooling(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         # SyncBatchNorm counts the other processes' inputs too.
-        alone = len(maps) == 1 and any(
-            isinstance(layer, nn.BatchNorm2d) and layer.training for layer in self.body
-        )
-        if alone:
+        counts = any(isinstance(layer, nn.BatchNorm2d) and layer.training for layer in self.body)
+        if counts and len(maps) == 1:
             raise ShapeError(
                 "got one input in training mode, expected at least 2: DeepLabV3 pools each to one "
                 "position, and BatchNorm takes no variance of one value; raise the batch size, or "

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from vestige.core import seeding
-from vestige.core.protocols import JudgesInDetail, Plugin, Source, Task, Teacher
+from vestige.core.protocols import JudgesInDetail, Plugin, ShowsAnswers, Source, Task, Teacher
 from vestige.core.types import Requires, count_parameters
 from vestige.errors import NoBatchNormError, RecipeError
 from vestige.recipes.catalog import DATA, METHODS, PLUGINS
@@ -38,7 +38,10 @@ _CHANGEABLE = {"trainer", "query_budget", "arms", "shared", "config"}
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is ready to start; `details` is asked about its result for `evaluation.json`."""
+    """A run that is ready to start.
+
+    Its result is shown to `details` for `evaluation.json`, and to `answers` for `answers.png`.
+    """
 
     trainer: Trainer
     task: Task
@@ -46,6 +49,7 @@ class Job:
     classes: tuple[str, ...]
     student: nn.Module | None
     details: Callable[[nn.Module], Mapping[str, Any]] | None = None
+    answers: Callable[[nn.Module], Mapping[str, Tensor]] | None = None
 
 
 def build(
@@ -85,7 +89,7 @@ def build(
         name: build_source(config, spec, recipe.seed, device, read, arm or recipe.method)
         for name, config in recipe.sources.items()
     }
-    evaluate, teacher_score, details = None, None, None
+    evaluate, teacher_score, details, answers = None, None, None, None
     classes = first.classes
     if recipe.data is not None:
         test = DATA.get(spec.kind).open(recipe.data, "test")
@@ -94,7 +98,9 @@ def build(
         examples, classes = fit_classes(test, spec, known, task.num_classes)
         read.append(record_of(test, "real", "evaluation", "evaluation"))
         evaluate = _evaluation(task, examples)
-        details = in_detail(task, first.module if len(loaded) == 1 else None, examples)
+        alone = first.module if len(loaded) == 1 else None
+        details = in_detail(task, alone, examples)
+        answers = in_pictures(task, alone, examples)
         # Not through the teacher object, which counts what the method asks of it.
         teacher_score = evaluate(first.module)[task.metric]
     recipe = settled(recipe, task, teachers, student)
@@ -152,7 +158,7 @@ def build(
         variant=variant_of(method),
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    return Job(trainer, task, facts, classes, student, details)
+    return Job(trainer, task, facts, classes, student, details, answers)
 
 
 def build_plugins(
@@ -231,3 +237,13 @@ def in_detail(
         return None
     judge = task
     return lambda student: judge.details(student, teacher, examples)
+
+
+def in_pictures(
+    task: Task, teacher: nn.Module | None, examples: Any
+) -> Callable[[nn.Module], Mapping[str, Tensor]] | None:
+    """What asks `task` to draw the answers of a student beside `teacher`; None if it cannot."""
+    if not isinstance(task, ShowsAnswers):
+        return None
+    drawing = task
+    return lambda student: drawing.answers(student, teacher, examples)

@@ -17,7 +17,7 @@ from vestige.training.diagnosis import Finding
 from vestige.training.files import tensors_to_bytes, write_bytes, write_json, write_text
 from vestige.training.moments import drawable
 from vestige.training.outcome import Outcome
-from vestige.training.pictures import contact_sheet, save_png, time_strip
+from vestige.training.pictures import answer_grid, contact_sheet, save_png, time_strip
 
 _SHEET_COLUMNS, _SHEET_CLASSES = 10, 20
 
@@ -188,6 +188,18 @@ def write_details(
             **details,
         },
     )
+
+
+def write_answers(out: Path, columns: Mapping[str, Tensor]) -> bool:
+    """answers.png: what a task draws of the answers to test inputs, see `ShowsAnswers`.
+
+    Returns:
+        False if there is nothing to show.
+    """
+    if not columns or not all(len(images) for images in columns.values()):
+        return False
+    save_png(answer_grid(columns), out / "answers.png")
+    return True
 
 
 def write_samples_over_time(out: Path, outcome: Outcome, classes: Sequence[str]) -> bool:
