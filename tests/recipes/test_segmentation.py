@@ -134,7 +134,7 @@ def test_a_card_is_evaluated_without_a_recipe(
     recipe.write_text(yaml.safe_dump(values))
     code, out, err = program("train-teacher", recipe, "--out", tmp_path / "made")
     assert code == 0, err
-    assert "test miou" in out
+    assert "test mIoU" in out
     card = read_card(tmp_path / "made/town-net.json")
     assert card.task_config == {"ignore_index": 9}
     for target in ("made/town-net.json", "made/town-net.safetensors"):
@@ -145,7 +145,7 @@ def test_a_card_is_evaluated_without_a_recipe(
         assert told["details"]["pixels"] == 20 * 32 * 31
     code, out, err = program("evaluate", "made/town-net.json", "--data", "town")
     assert code == 0, err
-    assert "IoU" in out and "square" in out and "miou" in out
+    assert "IoU" in out and "square" in out and "mIoU" in out
     # Not a value that the card's task ignores.
     masks[:, 0] = 255
     np.savez(town / "test.npz", x=images, y=masks, classes=np.array(NAMES))

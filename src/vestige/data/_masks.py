@@ -30,7 +30,9 @@ class MaskPictures:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, rows: NDArray[np.bool_]) -> "MaskPictures":
+    def __getitem__(self, rows: slice | NDArray[np.bool_]) -> "MaskPictures":
+        if isinstance(rows, slice):
+            return MaskPictures(self.paths[rows])
         return MaskPictures(tuple(self.paths[row] for row in np.flatnonzero(rows)))
 
     def read(self) -> Iterator[NDArray[Any]]:

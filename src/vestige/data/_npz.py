@@ -67,7 +67,15 @@ def read_names(path: Path) -> tuple[str, ...]:
     try:
         with np.load(path, allow_pickle=False) as stored:
             return tuple(map(str, stored["classes"])) if "classes" in stored.files else ()
-    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ):
         return ()
 
 

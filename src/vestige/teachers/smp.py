@@ -72,7 +72,11 @@ def load_smp(
     count = _check(name, module, input_spec, num_classes)
     is_remote = is_saved and weights is None and not Path(name).expanduser().is_dir()
     return OpenedTeacher(
-        module.eval(), input_spec, count, trained_on=f"smp:{name}" if is_remote else ""
+        module.eval(),
+        input_spec,
+        count,
+        trained_on=f"smp:{name}" if is_remote else "",
+        task="segmentation",
     )
 
 
