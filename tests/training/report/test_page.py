@@ -538,11 +538,16 @@ def test_answers_at_every_pixel_are_told_class_by_class(tmp_path: Path) -> None:
     # None of the counts that classification has.
     assert "Both right" not in page.text and "Inputs" not in page.text.replace("Inputs at", "")
     assert not [tag for tag, _ in page.tags if tag == "script"] and HOSTILE in page.text
+    # Pixels are of unequal classes in real data, too, and no sheet has rows by class.
+    assert "Even columns are good" not in page.text and "counted in pixels" in page.text
+    assert "class that the teacher gives it" not in page.text
+    alts = [str(attributes["alt"]) for tag, attributes in page.tags if tag == "img"]
+    assert not [alt for alt in alts if "each class" in alt or "teacher’s class" in alt]
 
 
 def test_answers_are_shown_and_of_arms_the_headlines_first(tmp_path: Path) -> None:
     single = _page([_write_dense(tmp_path / "run")], tmp_path / "report.html")
-    assert "What each says" in single.text and "The other arms" not in single.text
+    assert "What each says" in single.text
     shown = [attributes for tag, attributes in single.tags if tag == "img"]
     assert sum("what the networks answer" in str(one["alt"]) for one in shown) == 1
     demo = _write_demo(tmp_path / "demo")
@@ -553,7 +558,8 @@ def test_answers_are_shown_and_of_arms_the_headlines_first(tmp_path: Path) -> No
     assert found[0]["uri"].endswith(first) and len(found) == 3
     assert len({one["title"] for one in found}) == 3
     page = _page([demo], tmp_path / "demo.html")
-    assert "The other arms" in page.text
+    answered = [one for one in page.tags if "what the networks answer" in str(one[1].get("alt"))]
+    assert len(answered) == 3 and all(page.text.count(one["title"]) > 1 for one in found)
     none = _page([_write_run(tmp_path / "none")], tmp_path / "none.html")
     assert "What each says" not in none.text
 

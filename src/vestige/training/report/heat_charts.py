@@ -82,12 +82,11 @@ def confusion(
                 f'fill-opacity="{depth:.2f}" style="fill:{colour(0 if row == column else 1)}">'
                 f"<title>{escape(label)}</title></rect>"
             )
-            rounded = f"{100 * share:.0f}"
-            if rounded != "0" if in_shares else usable(value) and value > 0:
-                ink = "--paper, #fff" if depth > 0.6 else "--ink, #222"
+            printed = f"{100 * share:.0f}" if in_shares else plain(value)
+            if usable(value) and value > 0 and printed != "0":
+                ink = "--paper, #fff" if depth > 0.8 else "--ink, #222"
                 at = x + (cell - 1) / 2
-                shown_value = rounded if in_shares else plain(value)
-                parts.append(text_at(shown_value, at, y + cell / 2 + 4, "middle", ink))
+                parts.append(text_at(printed, at, y + cell / 2 + 4, "middle", ink))
     parts.append(text_at("true class ↓", 0, 14, "start"))
     parts.append(text_at("answer →", max(left, 96), 14, "start"))
     return "".join([*parts, "</svg>"])

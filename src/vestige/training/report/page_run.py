@@ -81,6 +81,7 @@ def run_view(run: RunFolder, *, name: str, anchor: str) -> dict[str, Any]:
             parts, "train_eval_agreement", "Same answer of the student in train and eval mode"
         ),
         "strips": class_strips(parts),
+        "in_pixels": "pixels" in (run.evaluation or chosen.evaluation),
         "terms": term_charts(chosen),
         "terms_of": next((title for title, arm in parts if arm is chosen), ""),
         "warnings": sum(item["level"] == "warning" for item in _findings(chosen)),
