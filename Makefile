@@ -9,7 +9,7 @@ SEEDS ?= 3
 PYTEST_ARGS ?=
 
 # Every extra but vision, whose torchvision breaks other packages beside a CPU-only torch.
-EXTRAS := augment,text,speech,diffusion,compress,federated,fair,tune,track,hub,export,docs
+EXTRAS := augment,text,speech,diffusion,compress,federated,fair,tune,track,hub,export,arrow,docs
 
 # Tested with these; users name the package alone.
 TRACKERS := wandb==0.31.0 mlflow==3.17.2 trackio==0.43.0

@@ -9,8 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 import yaml
+from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -18,22 +20,35 @@ from vestige.core import parallel
 from vestige.core.protocols import Source, Task, Teacher
 from vestige.core.types import InputSpec, Requires, count_parameters
 from vestige.errors import RecipeError, ShapeError, TeacherError
-from vestige.recipes.build import Job, build_method, build_plugins, in_detail, variant_of
-from vestige.recipes.catalog import METHODS, PLUGINS, TASKS, describe_methods
-from vestige.recipes.checks import explain
+from vestige.recipes.build import (
+    Job,
+    build_method,
+    build_plugins,
+    in_detail,
+    in_pictures,
+    variant_of,
+)
+from vestige.recipes.catalog import METHODS, PLUGINS, describe_methods
+from vestige.recipes.leaks import Hashed, hashes_of_inputs, hashes_of_rows, leaks
+from vestige.recipes.mistakes import explain
 from vestige.recipes.run import check_folder, run_job
 from vestige.recipes.settle import suggested
 from vestige.recipes.sources import MADE_UP
 from vestige.recipes.student import input_card
+from vestige.recipes.tasks import make_task, task_card
+from vestige.recipes.unlabelled import Opened, few_rows, open_given
 from vestige.sources.images import TensorSource
+from vestige.sources.stored import StoredImages
 from vestige.teachers.loading import fingerprint, load_teacher
 from vestige.teachers.white_box import WhiteBoxTeacher, check_finite
 from vestige.training import runtime
+from vestige.training.diagnosis import Finding
 from vestige.training.inspection import notices
 from vestige.training.moments import drawable
 from vestige.training.outcome import Outcome
 from vestige.training.pictures import contact_sheet, png
 from vestige.training.pools import pool_of
+from vestige.training.report.tables import metric_name
 from vestige.training.summary import (
     RealData,
     RunFacts,
@@ -84,7 +99,7 @@ class DistillReport:
     def _facts(self) -> list[tuple[str, str]]:
         summary, student = self.summary, self.summary["student"] or {}
         variant = f" ({summary['variant']})" if summary["variant"] else ""
-        metric = summary["metric"]
+        metric = metric_name(summary["metric"])
         facts = [("method", f"{summary['method']}{variant}")]
         taught, learned = (summary["teacher"] or {}).get("score"), student.get("score")
         for name, score in (("teacher", taught), ("student", learned)):
@@ -123,10 +138,11 @@ def distill(
     spec: InputSpec,
     num_classes: int,
     task: str = "classification",
+    task_config: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
     plugins: Sequence[str | type | tuple[str | type, Mapping[str, Any]]] = (),
     evaluate: tuple[Tensor, Tensor] | Evaluate | None = None,
-    sources: Mapping[str, Source | Tensor] | None = None,
+    sources: Mapping[str, Source | Tensor | NDArray[Any] | str | Path] | None = None,
     budget: Mapping[str, float] | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -180,13 +196,17 @@ def distill(
         method: a name of `list_methods`, or a method's class.
         spec: of one input of the teacher.
         num_classes: K, number of logits.
-        task: what an input is and how an answer is judged.
+        task: what an input is and how an answer is judged: "classification" or "segmentation".
+        task_config: settings of the task, for example {"ignore_index": 255}.
         config: settings of the method; what is left out is chosen as `defaults` says. All of them
             stand in the run's recipe.yaml.
         plugins: names or classes, or (name or class, settings), outermost first.
         evaluate: (inputs, labels) in the teacher's normalised space, a callable from the student
-            to metrics with "accuracy", or None. Used to report, never to choose.
-        sources: inputs by the names that the method asks for; a tensor counts as foreign data.
+            to metrics with the task's own ("accuracy", "miou"), or None. Used to report, never to
+            choose.
+        sources: inputs by the names that the method asks for: a tensor of normalised inputs, images
+            as a uint8 array (N, H, W) or (N, H, W, C), the path of a folder of pictures or of an
+            .npz or .npy file, or a source; all but the last count as foreign data.
         budget: "minutes" and "steps"; stops the run, bends no schedule.
         seed: of every stream of randomness.
         device: "auto", "cpu", "cuda" or "cuda:N".
@@ -221,7 +241,7 @@ def distill(
     where = runtime.device(device)
     handed = list(teacher) if isinstance(teacher, Sequence) else [teacher]
     networks = [one for one in handed if isinstance(one, nn.Module)]
-    judged: Task = TASKS.get(task)(spec, num_classes)
+    judged = make_task(task, spec, num_classes, task_config)
     # First, so that lazy layers get their weights. A black box is not asked, since that may cost;
     # several teachers may know other classes.
     for network in networks:
@@ -234,7 +254,15 @@ def distill(
             "(copy.deepcopy if it is to start from the teacher)"
         )
     teachers = [_frozen(one, where) for one in handed]
-    given = {name: _source(name, source, where) for name, source in (sources or {}).items()}
+    opened = {
+        name: open_given(name, handed_in, spec, seed, where)
+        for name, handed_in in (sources or {}).items()
+        if isinstance(handed_in, str | Path | np.ndarray)
+    }
+    given = {
+        name: opened[name].source if name in opened else _source(name, source, where)
+        for name, source in (sources or {}).items()
+    }
     _check_sources(method_name, chosen.requires, given)
     wrapped = _listed(plugins)
     judge = _judge(judged, evaluate)
@@ -245,6 +273,7 @@ def distill(
     score = None
     if judge is not None and networks:
         score = float(judge(networks[0])[judged.metric])
+    leaked, overlaps = _leaks(given, evaluate, spec)
     run = Trainer(
         built,
         judged,
@@ -259,6 +288,7 @@ def distill(
         identity={
             "method": method_name,
             "task": task,
+            **({"task_config": dict(task_config)} if task_config else {}),
             "config": settings.model_dump(mode="json"),
             "input": [spec.kind, list(spec.shape), list(spec.mean), list(spec.std)],
             "num_classes": num_classes,
@@ -268,12 +298,15 @@ def distill(
                 name: _digest(source)
                 for name, source in (sources or {}).items()
                 if isinstance(source, Tensor)
-            },
+            }
+            | {name: one.read[0].fingerprint for name, one in opened.items()},
         },
         callbacks=callbacks,
-        noticed=notices(
-            networks, judged, evaluate[0] if isinstance(evaluate, tuple) else None, score
-        ),
+        noticed=[
+            *notices(networks, judged, evaluate[0] if isinstance(evaluate, tuple) else None, score),
+            *leaked,
+            *few_rows(given, settings),
+        ],
     )
     facts = RunFacts(
         method=method_name,
@@ -281,7 +314,12 @@ def distill(
         teacher_score=score,
         teacher_parameters=sum(count_parameters(network) for network in networks),
         teacher_fingerprint=weights,
-        real_data=_real_data(evaluate, given),
+        real_data=_real_data(evaluate, given, opened),
+        sources={
+            name: {**(opened[name].about if name in opened else {}), **overlaps.get(name, {})}
+            for name in given
+            if name in opened or name in overlaps
+        },
         seed=seed,
         recipe_yaml=yaml.safe_dump(
             {"method": method_name, "config": settings.model_dump(mode="json"), "seed": seed},
@@ -291,17 +329,19 @@ def distill(
             "class": f"{type(student).__module__}:{type(student).__qualname__}",
             "input": input_card(spec),
             "num_classes": num_classes,
+            **task_card(task, task_config or {}),
         },
         command="vestige.distill(...)",
         variant=variant_of(built),
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    details = None
+    details, answers = None, None
     if isinstance(evaluate, tuple):
         # A black box is no network here: asking it would cost, and count, queries.
         alone = networks[0] if len(handed) == len(networks) == 1 else None
         details = in_detail(judged, alone, evaluate)
-    job = Job(run, judged, facts, (), student, details)
+        answers = in_pictures(judged, alone, evaluate)
+    job = Job(run, judged, facts, (), student, details, answers)
     with shown(progress if parallel.rank() == 0 else False) as watching:
         run.callbacks.extend(watching)
         outcome, summary = run_job(job, folder, resume=resume)
@@ -381,15 +421,31 @@ def _frozen(teacher: nn.Module | Teacher, device: Any) -> Teacher:
     return WhiteBoxTeacher(teacher.to(device))
 
 
-def _source(name: str, source: Source | Tensor, device: Any) -> Source:
-    if not isinstance(source, Tensor) and not hasattr(source, "draw"):
-        raise RecipeError(
-            f"sources.{name}: got {type(source).__name__}, expected a tensor of inputs or an "
-            "object with draw(count, rng); convert arrays by torch.from_numpy"
-        )
+def _source(name: str, source: Any, device: Any) -> Source:
     if isinstance(source, Tensor):
         return TensorSource(source.to(device), origin="foreign", name=name)
-    return source
+    if not hasattr(source, "draw"):
+        raise RecipeError(
+            f"sources.{name}: got {type(source).__name__}, expected a tensor of inputs, a uint8 "
+            "array of images, a path, or an object with draw(count, rng); convert it to one"
+        )
+    given: Source = source
+    return given
+
+
+def _leaks(
+    given: Mapping[str, Source], evaluate: object, spec: InputSpec
+) -> tuple[list[Finding], dict[str, dict[str, Any]]]:
+    """`leaks` of what was handed in as images; a source of another kind is not read."""
+    if not isinstance(evaluate, tuple):
+        return [], {}
+    hashed: dict[str, Hashed] = {}
+    for name, source in given.items():
+        if isinstance(source, StoredImages) and source.hashes is not None:
+            hashed[name] = partial(getattr, source, "hashes")
+        elif isinstance(source, StoredImages | TensorSource):
+            hashed[name] = partial(hashes_of_rows, source, spec)
+    return leaks(hashed, partial(hashes_of_inputs, evaluate[0], spec))
 
 
 def _check_sources(method: str, requires: Requires, given: Mapping[str, Source]) -> None:
@@ -471,7 +527,9 @@ def _checked(task: Task, evaluate: Evaluate) -> Evaluate:
 
 
 def _real_data(
-    evaluate: tuple[Tensor, Tensor] | Callable[..., Any] | None, sources: Mapping[str, Source]
+    evaluate: tuple[Tensor, Tensor] | Callable[..., Any] | None,
+    sources: Mapping[str, Source],
+    opened: Mapping[str, Opened],
 ) -> tuple[RealData, ...]:
     read = []
     if isinstance(evaluate, tuple):
@@ -483,5 +541,6 @@ def _real_data(
     for name, source in sources.items():
         if source.origin not in MADE_UP:
             count = len(source) if isinstance(source, Sized) else 0
-            read.append(RealData(name, source.origin, "method", "distillation", count, ""))
+            digest = opened[name].read[0].fingerprint if name in opened else ""
+            read.append(RealData(name, source.origin, "method", "distillation", count, digest))
     return tuple(read)

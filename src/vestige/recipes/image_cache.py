@@ -90,7 +90,8 @@ def keep(raw: Unlabelled, spec: InputSpec, *, count: int | None = None, seed: in
         "count": count,
         "seed": None if count is None else seed,
     }
-    own = raw if isinstance(raw, ArrayImages) and count is None and raw.fits(spec) else None
+    mapped = isinstance(raw, ArrayImages) and raw.paths and count is None
+    own = raw if isinstance(raw, ArrayImages) and mapped and raw.fits(spec) else None
 
     def write(folder: Path) -> dict[str, Any]:
         return _decode(raw, spec, count, seed, folder) if own is None else _hash_only(own, folder)

@@ -25,9 +25,11 @@ from vestige.training.files import (
 from vestige.training.outcome import Outcome
 from vestige.training.pools import pool_facts, pool_of, write_pool
 from vestige.training.report import write_report
+from vestige.training.selection import brief, selection_facts, write_selection
 from vestige.training.summary import (
     RunFacts,
     summarize,
+    write_answers,
     write_details,
     write_samples,
     write_samples_over_time,
@@ -169,7 +171,11 @@ def finish(job: Job, outcome: Outcome, out: Path | None) -> dict[str, Any]:
     trained = None if made_images else outcome.network or job.student
     summary = summarize(job.facts, outcome, job.task, trained, job.trainer.device)
     summary["images_made"] = _images_made(job, outcome)
-    pool = pool_of(job.trainer.method.parts())
+    method, sources = job.trainer.method, job.trainer.sources
+    selected = selection_facts(method, sources)
+    if selected:
+        summary["selection"] = brief(selected)
+    pool = pool_of(method.parts())
     if pool is not None:
         judge = job.trainer.teachers[0]
         network = judge if isinstance(judge, nn.Module) else None
@@ -180,6 +186,8 @@ def finish(job: Job, outcome: Outcome, out: Path | None) -> dict[str, Any]:
         write_student(out, trained, job.facts.student_card)
         if job.details is not None:
             write_details(out, job.details(trained), outcome, job.task, job.classes)
+        if job.answers is not None:
+            write_answers(out, job.answers(trained))
     shown = write_samples(out, outcome, job.task, job.classes)
     if pool is not None:
         write_pool(out, pool, summary["pool"], job.facts, job.classes)
@@ -187,6 +195,7 @@ def finish(job: Job, outcome: Outcome, out: Path | None) -> dict[str, Any]:
         if not shown and (out / "pool" / "samples.png").is_file():
             write_bytes(out / "samples.png", (out / "pool" / "samples.png").read_bytes())
     write_samples_over_time(out, outcome, job.classes)
+    write_selection(out, method, sources, job.task.spec, selected)
     write_json(out / "summary.json", summary)
     return summary
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from vestige.core.types import InputSpec
 from vestige.models.factory import build_generator
 from vestige.recipes.catalog import DATA
 from vestige.recipes.factories import call
+from vestige.recipes.leaks import Hashed, hashes_of_set
 from vestige.recipes.schema import SourceConfig
 from vestige.recipes.unlabelled import open_folder, open_heap
 from vestige.sources.generator import GeneratorSource
@@ -33,11 +35,14 @@ class Ledger:
         reader: who reads, for the records.
         records: everything real.
         about: by source, what else is known of it, for the run record.
+        hashed: by source, what gives the hashes of its images; of labelled sets only on demand,
+            since that decodes them once more.
     """
 
     reader: str
     records: list[RealData] = field(default_factory=list)
     about: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    hashed: dict[str, Hashed] = field(default_factory=dict)
 
     def note(self, name: str, origin: str, images: int, fingerprint: str) -> None:
         """That something real was read to learn from."""
@@ -76,9 +81,11 @@ def build_source(
         for part in opened.read:
             ledger.note(part.name, config.origin, part.images, part.fingerprint)
         ledger.about[name] = opened.about
+        ledger.hashed[name] = partial(getattr, opened.source, "hashes")
         return opened.source
     found = DATA.get(spec.kind).open(str(config.data), config.split or "train")
     ledger.records.append(record_of(found, config.origin, ledger.reader, "distillation"))
+    ledger.hashed[name] = partial(hashes_of_set, found, spec)
     inputs = found.inputs(spec).to(device)
     return TensorSource(inputs, origin=config.origin, name=found.name)
 

@@ -2,18 +2,25 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from vestige.core.protocols import Source
+from vestige.core.rows import RowSource
 from vestige.core.types import InputSpec
-from vestige.data.unlabelled.decoding import Unlabelled
+from vestige.data.unlabelled.arrays import ArrayImages
+from vestige.data.unlabelled.decoding import Unlabelled, check_spec, row_hashes
 from vestige.data.unlabelled.made_up import MADE_UP, MadeUpImages
 from vestige.data.unlabelled.opening import open_unlabelled
 from vestige.recipes.heap import Part, keep_heap
 from vestige.recipes.image_cache import keep
 from vestige.recipes.schema import PartConfig, SourceConfig
 from vestige.sources.stored import StoredHeap, StoredImages
+from vestige.training.diagnosis import Finding
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,45 @@ def open_raw(
     )
     read = Read(raw.name, len(source), raw.fingerprint)
     return Opened(source, (read,), _about(raw, kept.card))
+
+
+def open_given(
+    name: str, given: str | Path | NDArray[Any], spec: InputSpec, seed: int, device: torch.device
+) -> Opened:
+    """What somebody hands in from Python: a path or name, or an array of images.
+
+    An array in the teacher's size stays where it is; another one is resized into the cache.
+
+    Raises:
+        DataError: there are no such images, or the array is none of images.
+    """
+    if not isinstance(given, np.ndarray):
+        config = SourceConfig(kind="folder", data=str(given))
+        return open_folder(name, config, spec, seed, device)
+    check_spec(spec)
+    raw = ArrayImages(given, name)
+    if not raw.fits(spec):
+        return open_raw(raw, SourceConfig(kind="folder"), spec, seed, device)
+    source = StoredImages(
+        given, spec, origin="foreign", name=name, device=device, hashes=row_hashes(given)
+    )
+    return Opened(source, (Read(name, len(given), raw.fingerprint),), {"rows": len(given)})
+
+
+def few_rows(sources: Mapping[str, Source], settings: object) -> list[Finding]:
+    """A warning for each source with fewer rows than a batch, which then repeats some."""
+    size = getattr(settings, "batch_size", None)
+    return [
+        Finding(
+            "few-rows",
+            "warning",
+            f"source {name!r} has {len(source):,} rows and batch_size is {size:,}; rows are drawn "
+            "with replacement, so a batch holds some of them several times",
+            "hand in more images, or lower config.batch_size",
+        )
+        for name, source in sources.items()
+        if isinstance(source, RowSource) and isinstance(size, int) and len(source) < size
+    ]
 
 
 def open_heap(

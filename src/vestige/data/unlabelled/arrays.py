@@ -48,12 +48,11 @@ class ArrayImages:
         return len(self.images)
 
     def fits(self, spec: InputSpec) -> bool:
-        """Whether the mapped file itself holds the bytes that decoding would give."""
+        """Whether the array itself holds the bytes that decoding would give."""
         channels, height, width = spec.shape
         shape = self.images.shape
         shape = (*shape, 1) if len(shape) == 3 else shape
-        plain = bool(self.images.flags.c_contiguous)
-        return bool(self.paths) and plain and shape[1:] == (height, width, channels)
+        return bool(self.images.flags.c_contiguous) and shape[1:] == (height, width, channels)
 
     def blocks(self, spec: InputSpec, rows: NDArray[np.int64]) -> Iterator[Block]:
         """See `decoding.Unlabelled`."""

@@ -52,6 +52,7 @@ def details(run: RunFolder) -> list[dict[str, Any]]:
     figures = dict(tables.result_figures(run.summary)) if run.summary else {}
     groups = [
         ("All figures", figures),
+        ("Images that were decoded", dict(_decoded(record))),
         ("Command", how),
         ("Machine", machine),
         ("Versions", versions),
@@ -64,6 +65,27 @@ def details(run: RunFolder) -> list[dict[str, Any]]:
         for title, rows in groups
         if any(value is not None for value in rows.values())
     ]
+
+
+def _decoded(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each source of images, or each part of it, with what it holds and what was left out."""
+    for name, about in mapping(record.get("sources")).items():
+        parts = mapping(mapping(about).get("parts"))
+        for part, told in parts.items():
+            yield f"{name}: {part}", _images(mapping(told))
+        if not parts and mapping(about).get("data"):
+            yield str(name), _images(mapping(about))
+
+
+def _images(about: Mapping[str, Any]) -> str:
+    rows, skipped = number(about.get("rows")), number(about.get("skipped"))
+    told = [f"{tables.format_count(rows)} of {about.get('data')}"]
+    if skipped > 0:
+        first = "; ".join(map(str, tables.sequence(about.get("first_skipped"))))
+        told.append(f"{tables.format_count(skipped)} files left out ({first})")
+    if shift := tables.sequence(about.get("shift")):
+        told.append(f"shifted by {', '.join(map(str, shift))}")
+    return ", ".join(told)
 
 
 def plain(value: object) -> str:
