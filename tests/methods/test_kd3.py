@@ -437,9 +437,10 @@ def test_images_must_have_numbers(tiny_teacher, tiny_student):
         make(tiny_teacher, tiny_student, NoiseSource(SPEC))
 
 
-def test_a_small_heap_is_told(tiny_teacher, tiny_student, caplog):
-    make(tiny_teacher, tiny_student, heap(5))
-    assert "batch_size is 8 and 'heap' holds 5 rows" in caplog.text
+def test_off_is_off_as_yaml_reads_it_too():
+    assert KD3Config(selection=False).selection == "off"
+    with pytest.raises(ValueError, match="selection"):
+        KD3Config(selection=True)
 
 
 def test_two_ways_to_crop_are_refused():

@@ -1,6 +1,5 @@
 """Which rows are worth learning from: votes, thresholds, shares of a heap, and what is noted."""
 
-import logging
 import math
 
 import pytest
@@ -430,11 +429,3 @@ def test_a_source_whose_rows_have_no_numbers_is_refused():
         ChosenBatches(
             NoiseSource(InputSpec.image(1, 4, 4)), selector(), lambda x, g: Batch(x), batch_size=4
         )
-
-
-def test_a_batch_that_is_larger_than_the_heap_is_told(caplog):
-    with caplog.at_level(logging.WARNING):
-        batches(rows=40, size=40)
-        assert not caplog.records
-        batches(rows=40, size=41)
-    assert "batch_size is 41 and 'heap' holds 40 rows" in caplog.text

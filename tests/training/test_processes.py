@@ -19,6 +19,8 @@ from vestige.losses.distill import l1_logits
 from vestige.losses.prior import class_balance_loss
 from vestige.methods.dfad import DFAD, DFADConfig
 from vestige.methods.kd import KD, KDConfig
+from vestige.methods.kd3 import KD3, KD3Config
+from vestige.sources.images import TensorSource
 from vestige.sources.noise import NoiseSource
 from vestige.tasks.classification import Classification
 from vestige.teachers.white_box import WhiteBoxTeacher
@@ -134,8 +136,32 @@ def skeleton(shape, *plugins):
     return build
 
 
+def kd3(out=None, *, rows=8, **settings):
+    with seeding.seeded(5, "nets"):
+        teachers, student = [WhiteBoxTeacher(teacher())], network(4, norm=True)
+        cfg = KD3Config(
+            rounds=2,
+            iterations=2,
+            batch_size=rows,
+            student_lr=0.05,
+            head_dim=4,
+            warm_rows=2,
+            crop_padding=1,
+            **settings,
+        )
+        images = torch.randn(30, *SPEC.shape) * torch.linspace(0.2, 3, 30)[:, None, None, None]
+        sources = {"foreign": TensorSource(images, origin="foreign", name="heap")}
+        task = Classification(SPEC, 3)
+        method = KD3(cfg, task, teachers, student, sources)
+    return trainer(method, task, teachers, student, sources, out, ())
+
+
 EQUAL = {
     "kd": kd,
+    "kd3": kd3,
+    "kd3, of epochs, odd batch": lambda out=None: kd3(
+        out, rows=7, selection="epoch", split_bn=True, false_negatives=0.8
+    ),
     "kd, odd batch": lambda out=None: kd(out, rows=7, norm=True),
     "kd, rows dropped and weighted": lambda out=None: kd(out, norm=True, plugins=(DropAndWeight,)),
     "dfad": dfad,

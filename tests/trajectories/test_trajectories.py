@@ -24,13 +24,16 @@ SIZES = {
     **{"warmup": 1, "inversion_steps": 5, "synthesis_batch_size": 16, "student_steps": 5},
     **{"negatives": 16, "head_dim": 8, "head_queries": 8},
 }
-ITERATIONS = {"dfad": 2, "kd": 10}
+ITERATIONS = {"dfad": 2, "kd": 10, "kd3": 10}
+# Among images that the teacher is equally sure of, the last bit decides which ones are taken.
+FURTHER = {"kd3": ["config.selection=off"]}
 
 
 def curve(name, folder):
     fields = METHODS.get(name).Config.model_fields
     sizes = {**SIZES, "iterations": ITERATIONS.get(name, 2)}
     overrides = [f"config.{key}={value}" for key, value in sizes.items() if key in fields]
+    overrides += FURTHER.get(name, [])
     recipe = load_recipe(name, overrides=[*overrides, "trainer.log_every=1", "data=null"])
     build(recipe, out=folder).trainer.run()
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "step"]

@@ -184,7 +184,7 @@ def _document(
         "method": definition.method,
         **judged[0],
         "metric": first["metric"],
-        "data": ", ".join(str(recipe.data) for recipe in recipes.values()),
+        "data": ", ".join(map(_judged_on, recipes.values())),
         "teacher": first["teacher"],
         "teachers": {
             case: next(iter(by_arm.values()))[0]["teacher"] for case, by_arm in results.items()
@@ -201,6 +201,10 @@ def _document(
         "recipe_sha256": digest.hexdigest(),
         "command": f"vestige bench claims {name} --seeds {len(seeds)}",
     }
+
+
+def _judged_on(recipe: Recipe) -> str:
+    return " ".join([str(recipe.data), *(f"({shift})" for shift in recipe.data_shift)])
 
 
 def _arm(summaries: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> dict[str, Any]:

@@ -75,6 +75,15 @@ _FAST: Mapping[str, Any] = {
     "generator_lr": 5e-3,
     "latent_lr": 1e-2,
 }
+_HEAP: Mapping[str, Any] = {
+    "selection": "epoch",
+    "candidates": 4.0,
+    "keep_share": 1.0,
+    "class_quota": 0.3,
+    "feature_weight": 20.0,
+    "crop_padding": 0,
+    "flip": False,
+}
 _ROUNDS, _BATCH_SIZE, _SMALL_AREA = 40, 64, 48 * 48
 
 
@@ -208,18 +217,19 @@ def pixel_inversion(task: Task, teacher: Teacher, student: nn.Module) -> Mapping
 
 
 def imitation(
-    task: Task, teacher: Teacher, student: nn.Module, *, passes: int
+    task: Task, teacher: Teacher, student: nn.Module, *, passes: int, asked: int = 1
 ) -> Mapping[str, Any]:
     """For a student that learns from images which are there: Adam with a cosine.
 
     As many steps as take about four minutes on two cores by the arithmetic of both networks, within
-    limits. A teacher that shows no network is taken to be as dear as the student.
+    limits.
 
     Args:
         task: classification of images, or nothing is suggested.
-        teacher: is asked once per row.
+        teacher: answers; one that shows no network is taken to be as dear as the student.
         student: on the device of the run.
         passes: of the student forward per row; a full backward counts as two.
+        asked: how often the teacher is, per row.
     """
     shape = task.spec.shape
     if task.kind != "classification" or task.spec.kind != "image":
@@ -227,12 +237,19 @@ def imitation(
     own = forward_flops(student, shape)
     other = forward_flops(teacher, shape) if isinstance(teacher, nn.Module) else own
     return {
-        **length(other + passes * own, student, fewest=400, wanted=2000, most=12_000),
+        **length(asked * other + passes * own, student, fewest=400, wanted=2000, most=12_000),
         "student_optimizer": "adam",
         "student_lr": 4e-3,
         "student_weight_decay": 0.0,
         "schedule": "cosine",
     }
+
+
+def heap(task: Task, teacher: Teacher, student: nn.Module) -> Mapping[str, Any]:
+    """Like `imitation`, for images of which some are junk, the best of four that are looked at."""
+    # Forward and backward of an image and of a perturbed one, and four that are looked at.
+    found = imitation(task, teacher, student, passes=10, asked=5)
+    return found and {**found, **_HEAP}
 
 
 def length(

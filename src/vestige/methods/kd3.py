@@ -47,7 +47,7 @@ from functools import partial
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -175,6 +175,12 @@ class KD3Config(BaseModel):
     schedule: schedules.ScheduleName = "cosine"
     milestones: tuple[schedules.Share, ...] = (0.5, 0.75)
 
+    @field_validator("selection", mode="before")
+    @classmethod
+    def _as_meant(cls, value: Any) -> Any:
+        # YAML reads a bare `off` as false.
+        return "off" if value is False else value
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.least_area < 1 and self.crop_padding:
@@ -301,9 +307,8 @@ class KD3:
     def suggest(
         cls, task: Task, teachers: Sequence[Teacher], student: nn.Module
     ) -> Mapping[str, Any]:
-        """Settings for networks and inputs that nobody tuned, without augmentation; our choices."""
-        found = _untuned.imitation(task, teachers[0], student, passes=7)
-        return {**found, "crop_padding": 0, "flip": False} if found else {}
+        """Settings for networks and inputs that nobody tuned; our choices."""
+        return _untuned.heap(task, teachers[0], student)
 
     def parts(self) -> Mapping[str, Stateful | Sharded]:
         """Student, the selector's running means, what was looked at, and g."""

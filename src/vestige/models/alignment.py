@@ -239,11 +239,11 @@ def _digest(network: nn.Module) -> str:
     """Of all weights; buffers move without learning."""
     digest = hashlib.blake2b(digest_size=16)
     for weight in network.parameters():
-        digest.update(weight.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
+        digest.update(weight.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _makes(seen: LinearSeen, logits: Tensor) -> bool:
-    bias = None if seen.bias is None else seen.bias.float()
-    made = nn.functional.linear(seen.inputs, seen.weight.float(), bias)
+    bias = None if seen.bias is None else seen.bias.to(seen.inputs)
+    made = nn.functional.linear(seen.inputs, seen.weight.to(seen.inputs), bias).to(logits)
     return made.shape == logits.shape and torch.allclose(made, logits, rtol=1e-3, atol=1e-4)

@@ -15,7 +15,7 @@ from vestige.core.protocols import JudgesInDetail, Plugin, ShowsAnswers, Source,
 from vestige.core.types import Requires, count_parameters
 from vestige.errors import NoBatchNormError, RecipeError
 from vestige.recipes.catalog import DATA, METHODS, PLUGINS
-from vestige.recipes.examples import fit_classes
+from vestige.recipes.examples import distorted, fit_classes
 from vestige.recipes.leaks import hashes_of_set, leaks
 from vestige.recipes.mistakes import explain
 from vestige.recipes.requirements import check_requirements, no_batchnorm
@@ -101,6 +101,7 @@ def build(
         # Several teachers may know different classes.
         known = classes if len(classes) == task.num_classes else ()
         examples, classes = fit_classes(test, spec, known, task.num_classes)
+        examples = distorted(examples, spec, recipe.data_shift)
         ledger.records.append(record_of(test, "real", "evaluation", "evaluation"))
         leaked, overlaps = leaks(ledger.hashed, partial(hashes_of_set, test, spec))
         for name, told in overlaps.items():

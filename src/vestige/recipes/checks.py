@@ -14,7 +14,7 @@ from vestige.recipes.files import DEEPEST, MOST_VALUES, near, short
 from vestige.recipes.mistakes import explain as explain
 from vestige.recipes.mistakes import mistakes_in
 from vestige.recipes.schema import Recipe
-from vestige.recipes.source_checks import source_problems
+from vestige.recipes.source_checks import judging_problems, source_problems
 from vestige.recipes.student import SMP
 from vestige.recipes.teacher_schema import load_teacher_recipe
 from vestige.teachers.loading import KEYS as TEACHER_KEYS
@@ -181,6 +181,7 @@ def requirement_problems(recipe: Recipe) -> Iterator[str]:
         arm = getattr(recipe, key)
         if arm is not None and arm not in recipe.arms:
             yield f"{key}: got {arm!r}, expected one of the arms {', '.join(recipe.arms) or 'none'}"
+    yield from judging_problems(recipe)
     for where, run in [("", recipe), *((f"arms.{n}.", recipe.arm(n)) for n in recipe.arms)]:
         try:
             requires = METHODS.get(run.method).requires

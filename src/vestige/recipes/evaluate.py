@@ -13,7 +13,7 @@ from torch import nn
 from vestige.core.protocols import JudgesInDetail
 from vestige.core.types import count_parameters
 from vestige.errors import DataError, RecipeError, TeacherError
-from vestige.recipes.examples import fit_classes, open_for_judging
+from vestige.recipes.examples import distorted, fit_classes, open_for_judging
 from vestige.recipes.files import read_yaml
 from vestige.recipes.loading import validate
 from vestige.recipes.resolve import resolve_teachers
@@ -107,6 +107,8 @@ def evaluate(
     wanted = split if data or split else "test"
     examples = open_for_judging(named, wanted, opened.spec)
     judged, classes = fit_classes(examples, opened.spec, opened.classes, opened.num_classes)
+    if found.recipe is not None and not (data or split):
+        judged = distorted(judged, opened.spec, found.recipe.data_shift)
     network = opened.module.to(where)
     scores = dict(task.evaluate(network, judged))
     teacher, name = _teacher_of(found.recipe, opened.num_classes, where)

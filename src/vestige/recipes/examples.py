@@ -9,6 +9,8 @@ from torch import Tensor
 
 from vestige.core.protocols import DataSet
 from vestige.core.types import InputSpec
+from vestige.data.unlabelled.made_up import stream
+from vestige.data.unlabelled.shifts import shifted
 from vestige.errors import DataError
 from vestige.recipes.catalog import DATA
 
@@ -136,6 +138,23 @@ def _renumbered(name: str, masks: Tensor, numbers: Tensor, num_classes: int) -> 
             f"a value of at least {num_classes}, the network's number of classes; mark them as 255"
         )
     return numbers[torch.where(named, masks, 0)].where(named, masks)
+
+
+def distorted(examples: Any, spec: InputSpec, shift: Sequence[str]) -> Any:
+    """Examples whose images are distorted, the same ones whoever asks; labels as they are.
+
+    Args:
+        examples: inputs (N, C, H, W) in the normalised space of `spec`, and labels.
+        spec: of the inputs.
+        shift: names of distortions, one after another; () leaves the examples alone.
+    """
+    if not shift:
+        return examples
+    inputs, labels = examples
+    images = spec.denormalize(inputs).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    changed = torch.from_numpy(shifted(images, shift, stream(0, "distorted examples")))
+    pixels = changed.permute(0, 3, 1, 2).to(inputs) / 255
+    return spec.normalize(pixels), labels
 
 
 def _count_otherwise(names: Sequence[str]) -> bool:

@@ -177,6 +177,9 @@ class Recipe(_Strict):
         task_config: settings of the task, such as ignore_index of "segmentation"; what is not given
             is as the teacher's card says, else the task's own default.
         data: name or folder of the set whose test split judges; None judges nothing.
+        data_shift: distortions of the images that judge, teacher and student alike, one after
+            another, as of a part of a heap; the same images in every run. () judges them as they
+            are.
         input: of the teacher; None takes what a built-in or trained teacher's card says.
         num_classes: K; None takes what the teacher's card says.
         teacher: "builtin:NAME", "recipe:NAME", a mapping with `model` or `factory` and `weights`.
@@ -203,6 +206,7 @@ class Recipe(_Strict):
     task: str = "classification"
     task_config: dict[str, Any] = {}
     data: str | None = None
+    data_shift: tuple[str, ...] = ()
     input: InputConfig | None = None
     num_classes: int | None = Field(None, ge=2)
     teacher: str | dict[str, Any]

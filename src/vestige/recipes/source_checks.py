@@ -6,7 +6,8 @@ from typing import Any
 from vestige.data.unlabelled.made_up import MADE_UP
 from vestige.data.unlabelled.shifts import SHIFTS, unknown_shifts
 from vestige.recipes.files import near
-from vestige.recipes.schema import PartConfig, SourceConfig
+from vestige.recipes.schema import PartConfig, Recipe, SourceConfig
+from vestige.recipes.tasks import CLASSIFICATION
 
 _MOST_PARTS = 255
 # Keys that only these kinds read; given elsewhere they would be ignored.
@@ -44,6 +45,20 @@ def source_problems(where: str, source: SourceConfig) -> Iterator[str]:
         )
     for name, part in source.parts.items():
         yield from _part_problems(f"{where}.parts.{name}", part)
+
+
+def judging_problems(recipe: Recipe) -> Iterator[str]:
+    """What is wrong with the distortions under which a recipe judges."""
+    for name in unknown_shifts(recipe.data_shift):
+        yield f"data_shift: got {name!r}{near(name, list(SHIFTS))}"
+    if recipe.data_shift and recipe.data is None:
+        yield "data_shift: there is no data to judge on; name a set as data, or leave it out"
+    kind = "image" if recipe.input is None else recipe.input.kind
+    if recipe.data_shift and (kind != "image" or recipe.task != CLASSIFICATION):
+        yield (
+            f"data_shift: got {kind} inputs and the task {recipe.task!r}, expected images with one "
+            "label each; leave it out"
+        )
 
 
 def _part_problems(where: str, part: PartConfig) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """Which of many given inputs a student should learn from: scores, thresholds, shares of a heap."""
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,8 +15,6 @@ from vestige.core.protocols import Source
 from vestige.core.rows import RowSource, Selection
 from vestige.core.types import Batch, Inputs, predict
 from vestige.errors import ContractError, RecipeError
-
-logger = logging.getLogger(__name__)
 
 ScoreName = Literal["confidence", "energy", "logit-norm"]
 # Rounding of an exponential mean of equal numbers.
@@ -247,10 +244,10 @@ class InstanceSelector:
         return torch.where(self._seen < self._warm, self._start, self._means)
 
     def _learn(self, found: Votes) -> None:
-        device, classes = found.score.device, found.classes
-        means, updates, seen = (x.to(device) for x in (self._means, self._updates, self._seen))
-        counts = torch.zeros_like(seen).index_add_(0, classes, torch.ones_like(found.score))
-        sums = torch.zeros_like(means).index_add_(0, classes, found.score)
+        score, classes = found.score, found.classes
+        means, updates, seen = (x.to(score) for x in (self._means, self._updates, self._seen))
+        counts = torch.zeros_like(seen).index_add_(0, classes, torch.ones_like(score))
+        sums = torch.zeros_like(means).index_add_(0, classes, score)
         there = counts > 0
         updates = updates + there
         rate = torch.maximum(1 / updates.clamp_min(1), updates.new_tensor(1 - self._momentum))
@@ -300,14 +297,6 @@ class ChosenBatches:
                 f"got {type(source).__name__} {source.name!r}, whose rows have no numbers, as the "
                 "images to choose from, expected images that somebody handed in; take a folder, a "
                 "set or a tensor"
-            )
-        if batch_size > len(source):
-            logger.warning(
-                "batch_size is %d and %r holds %d rows, so every batch holds some twice; lower "
-                "batch_size",
-                batch_size,
-                source.name,
-                len(source),
             )
         self.record = Selection(len(source))
         self._source, self._selector, self._answered = source, selector, answered
