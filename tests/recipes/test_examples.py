@@ -11,7 +11,10 @@ import vestige
 from vestige.core.types import InputSpec
 from vestige.data.image import load_images, to_inputs
 from vestige.errors import DataError, RecipeError
-from vestige.recipes.examples import fit_classes, load_examples
+from vestige.recipes.evaluate import evaluate
+from vestige.recipes.examples import distorted, fit_classes, load_examples
+from vestige.recipes.loading import load_recipe
+from vestige.recipes.run import run_recipe
 from vestige.recipes.teacher import train_teacher
 from vestige.recipes.teacher_schema import load_teacher_recipe
 from vestige.training.pictures import save_png
@@ -189,3 +192,30 @@ def test_a_teacher_may_have_more_classes_than_unnamed_labels(tmp_path: Path) -> 
     assert card.classes == tuple("0123456789")
     with pytest.raises(RecipeError, match=r"got num_classes=8 .*, expected 9"):
         train_teacher(quick.model_copy(update={"num_classes": 8}), None)
+
+
+def test_distorted_examples_are_the_same_for_everybody() -> None:
+    examples = load_examples("digits", SPEC)
+    assert distorted(examples, SPEC, ()) is examples
+    inverted, labels = distorted(examples, SPEC, ["invert"])
+    # Bright is dark, at whole grey levels.
+    expected = 1 - SPEC.denormalize(examples[0]).mul(255).round() / 255
+    torch.testing.assert_close(SPEC.denormalize(inverted), expected, rtol=0, atol=1e-6)
+    assert torch.equal(labels, examples[1])
+    first, second = (distorted(examples, SPEC, ["rotate|tint", "noise"])[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_recipe_judges_teacher_and_student_under_its_shift(tmp_path: Path) -> None:
+    given = ["config.rounds=1", "config.iterations=2", "trainer.device=cpu"]
+    plain = run_recipe(load_recipe("kd", overrides=given), tmp_path / "plain", report=False)
+    recipe = load_recipe("kd", overrides=[*given, "data_shift=[invert]"])
+    shifted = run_recipe(recipe, tmp_path / "shifted", report=False)
+    assert plain["teacher"]["score"] > 0.9
+    assert shifted["teacher"]["score"] < 0.3
+    # `vestige evaluate` judges as the run did, and elsewhere as it is told.
+    again = evaluate(str(tmp_path / "shifted"))
+    assert again.scores["accuracy"] == shifted["student"]["score"]
+    elsewhere = evaluate(str(tmp_path / "shifted"), data="digits")
+    # The same student: what judges a run does not train it.
+    assert elsewhere.scores["accuracy"] == plain["student"]["score"]

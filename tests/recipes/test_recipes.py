@@ -333,6 +333,15 @@ def test_unknown_keys_anywhere_are_all_told_at_once_with_the_nearest():
         ({"sources": "!drop"}, "sources: 'kd' needs the source 'inputs'"),
         ({"sources": {"input": {"kind": "noise"}}}, "sources.input: 'kd' takes inputs; did you"),
         ({"sources": {"inputs": {"kind": "images"}}}, "sources.inputs.data: images need the name"),
+        (
+            {"data_shift": ["blurr"], "data": "digits"},
+            "data_shift: got 'blurr'; did you mean 'blur'",
+        ),
+        ({"data_shift": ["blur"]}, "data_shift: there is no data to judge on"),
+        (
+            {"data_shift": ["blur"], "data": "x", "task": "segmentation"},
+            "data_shift: got image inputs and the task 'segmentation', expected images with one",
+        ),
         ({"headline": "x"}, "headline: got 'x', expected one of the arms none"),
         ({"plugins": 5}, "plugins: got 5"),
         ({"plugins": [5, {"name": "abd"}]}, "plugins.0: got 5"),

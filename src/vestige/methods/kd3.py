@@ -1,22 +1,24 @@
 """KD3.
 
 Paper: Distribution Shift Matters for Knowledge Distillation with Webly Collected Images, Tang,
-    Chen, Niu, Sugiyama, Gong, ICCV 2023, arXiv 2307.11469 (KD^3).
+    Chen, Niu, Sugiyama, Gong, ICCV 2023, arXiv 2307.11469. A reconstruction of KD^3, since no code
+    of the authors is public.
 
 A student learns from a heap of images that nobody sorted: some are of the teacher's classes in
 another style, many are of no class at all. The paper names three parts, each of which can be
 switched off:
 1. Selection by teacher and student together. p = a p_T + (1 - a) p_S, with a falling from 1 to 1/2
    in the course of the run; an image of class k = argmax p stays if p_k >= rho m_k, the running
-   mean of that class, and p_k >= 1.2 / K. It weighs w = p_k, with mean 1 over those that stay.
+   mean of that class, and p_k >= 1.2 / K; or an epoch keeps the best part of each class. No class
+   need give more than a quota. What stays weighs w = p_k, with mean 1.
 2. Alignment of features and classifiers. The student's last layer is W_S r, with a projection r to
-   the teacher's width; L_fea = w |v * (r f_S / |r f_S| - f_T / |f_T|)|^2, with v the lengths of
+   the teacher's width; L_fea = |v * (r f_S / |r f_S| - f_T / |f_T|)|^2, with v the lengths of
    W_T's columns over their mean; L_cls = |W_S - W_T|^2 / (K d) + |b_S - b_T|^2 / K.
    `tie_classifier` keeps W_S = W_T. At the end both are folded into the student's own layer.
 3. MixDistribution. x' has the content of x and other means and deviations per channel, between
    those of x and of another image that stays, with noise. NT-Xent tells x and x' from all others;
    KL(T(x) || S(x')) asks for the same answer.
-L = w tau^2 KL(T(x) || S(x)) + L_fea + L_cls + 0.1 NT-Xent + 0.5 w tau^2 KL(T(x) || S(x')).
+L = L_cls + mean w (tau^2 KL(T(x) || S(x)) + L_fea + 0.1 NT-Xent + 0.5 tau^2 KL(T(x) || S(x'))).
 
 Reconstruction: there is no public code, and only the abstract and the introduction were at hand.
     That these three parts exist and what they are for is the paper's. Every formula and every
@@ -33,10 +35,10 @@ Differs from the paper: as far as it is known, nothing. Of our own reconstructio
     not. A batch without what was drawn for it, as a plug-in makes one of remembered images, has the
     terms of 1 and 2 alone.
 
-Cost per round: `iterations` times: T forward; S forward in eval mode (none with `teacher_share_end:
-    1` or without selection), forward and backward on the images that stay and on as many perturbed
-    ones, with `split_bn` one after the other; g forward and backward. With `selection: epoch` the
-    eval pass, and one more of T, take `candidates` times as many.
+Cost per round: `iterations` times: T forward; S forward in eval mode (not where the teacher decides
+    alone, as in the first round), forward and backward on the images that stay and on as many
+    perturbed ones, with `split_bn` one after the other; g forward and backward. With `selection:
+    epoch` the eval pass, and one more of T, come `candidates` times as often.
 """
 
 import math
