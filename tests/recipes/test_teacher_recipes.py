@@ -24,6 +24,7 @@ from vestige.tasks.classification import Classification
 from vestige.teachers.loading import builtin_card, fingerprint, load_teacher, read_card
 
 SHIPPED = [
+    "camvid-encoder-decoder",
     "cifar10-resnet34",
     "cifar10-wrn-40-2",
     "digits-convnet",
