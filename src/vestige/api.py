@@ -20,14 +20,22 @@ from vestige.core import parallel
 from vestige.core.protocols import Source, Task, Teacher
 from vestige.core.types import InputSpec, Requires, count_parameters
 from vestige.errors import RecipeError, ShapeError, TeacherError
-from vestige.recipes.build import Job, build_method, build_plugins, in_detail, variant_of
-from vestige.recipes.catalog import METHODS, PLUGINS, TASKS, describe_methods
-from vestige.recipes.checks import explain
+from vestige.recipes.build import (
+    Job,
+    build_method,
+    build_plugins,
+    in_detail,
+    in_pictures,
+    variant_of,
+)
+from vestige.recipes.catalog import METHODS, PLUGINS, describe_methods
 from vestige.recipes.leaks import Hashed, hashes_of_inputs, hashes_of_rows, leaks
+from vestige.recipes.mistakes import explain
 from vestige.recipes.run import check_folder, run_job
 from vestige.recipes.settle import suggested
 from vestige.recipes.sources import MADE_UP
 from vestige.recipes.student import input_card
+from vestige.recipes.tasks import make_task, task_card
 from vestige.recipes.unlabelled import Opened, few_rows, open_given
 from vestige.sources.images import TensorSource
 from vestige.sources.stored import StoredImages
@@ -40,6 +48,7 @@ from vestige.training.moments import drawable
 from vestige.training.outcome import Outcome
 from vestige.training.pictures import contact_sheet, png
 from vestige.training.pools import pool_of
+from vestige.training.report.tables import metric_name
 from vestige.training.summary import (
     RealData,
     RunFacts,
@@ -90,7 +99,7 @@ class DistillReport:
     def _facts(self) -> list[tuple[str, str]]:
         summary, student = self.summary, self.summary["student"] or {}
         variant = f" ({summary['variant']})" if summary["variant"] else ""
-        metric = summary["metric"]
+        metric = metric_name(summary["metric"])
         facts = [("method", f"{summary['method']}{variant}")]
         taught, learned = (summary["teacher"] or {}).get("score"), student.get("score")
         for name, score in (("teacher", taught), ("student", learned)):
@@ -129,6 +138,7 @@ def distill(
     spec: InputSpec,
     num_classes: int,
     task: str = "classification",
+    task_config: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
     plugins: Sequence[str | type | tuple[str | type, Mapping[str, Any]]] = (),
     evaluate: tuple[Tensor, Tensor] | Evaluate | None = None,
@@ -186,12 +196,14 @@ def distill(
         method: a name of `list_methods`, or a method's class.
         spec: of one input of the teacher.
         num_classes: K, number of logits.
-        task: what an input is and how an answer is judged.
+        task: what an input is and how an answer is judged: "classification" or "segmentation".
+        task_config: settings of the task, for example {"ignore_index": 255}.
         config: settings of the method; what is left out is chosen as `defaults` says. All of them
             stand in the run's recipe.yaml.
         plugins: names or classes, or (name or class, settings), outermost first.
         evaluate: (inputs, labels) in the teacher's normalised space, a callable from the student
-            to metrics with "accuracy", or None. Used to report, never to choose.
+            to metrics with the task's own ("accuracy", "miou"), or None. Used to report, never to
+            choose.
         sources: inputs by the names that the method asks for: a tensor of normalised inputs, images
             as a uint8 array (N, H, W) or (N, H, W, C), the path of a folder of pictures or of an
             .npz or .npy file, or a source; all but the last count as foreign data.
@@ -229,7 +241,7 @@ def distill(
     where = runtime.device(device)
     handed = list(teacher) if isinstance(teacher, Sequence) else [teacher]
     networks = [one for one in handed if isinstance(one, nn.Module)]
-    judged: Task = TASKS.get(task)(spec, num_classes)
+    judged = make_task(task, spec, num_classes, task_config)
     # First, so that lazy layers get their weights. A black box is not asked, since that may cost;
     # several teachers may know other classes.
     for network in networks:
@@ -276,6 +288,7 @@ def distill(
         identity={
             "method": method_name,
             "task": task,
+            **({"task_config": dict(task_config)} if task_config else {}),
             "config": settings.model_dump(mode="json"),
             "input": [spec.kind, list(spec.shape), list(spec.mean), list(spec.std)],
             "num_classes": num_classes,
@@ -316,17 +329,19 @@ def distill(
             "class": f"{type(student).__module__}:{type(student).__qualname__}",
             "input": input_card(spec),
             "num_classes": num_classes,
+            **task_card(task, task_config or {}),
         },
         command="vestige.distill(...)",
         variant=variant_of(built),
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    details = None
+    details, answers = None, None
     if isinstance(evaluate, tuple):
         # A black box is no network here: asking it would cost, and count, queries.
         alone = networks[0] if len(handed) == len(networks) == 1 else None
         details = in_detail(judged, alone, evaluate)
-    job = Job(run, judged, facts, (), student, details)
+        answers = in_pictures(judged, alone, evaluate)
+    job = Job(run, judged, facts, (), student, details, answers)
     with shown(progress if parallel.rank() == 0 else False) as watching:
         run.callbacks.extend(watching)
         outcome, summary = run_job(job, folder, resume=resume)

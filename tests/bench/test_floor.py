@@ -11,7 +11,7 @@ import yaml
 from vestige.bench.floor import known_floors, load_floor, run_floor
 from vestige.bench.tables import floor_page, floor_table
 from vestige.errors import RecipeError
-from vestige.methods.dfad import DFAD
+from vestige.methods import dfad
 from vestige.recipes.loading import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -67,13 +67,13 @@ def test_the_file_is_in_the_documented_form(tiny: Path) -> None:
 def test_what_a_method_wastes_shows(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """40 ms of idling in each of 12 steps is told to the millisecond, whatever the machine does."""
     lean = measured(tiny, cases=["one"])["cases"][0]
-    draw = DFAD.latent
+    draw = dfad.latent
 
-    def lazy(self: DFAD, count: int, ctx: Any) -> Any:
+    def lazy(count: int, width: int, ctx: Any) -> Any:
         time.sleep(0.04)
-        return draw(self, count, ctx)
+        return draw(count, width, ctx)
 
-    monkeypatch.setattr(DFAD, "latent", lazy)
+    monkeypatch.setattr(dfad, "latent", lazy)
     idle = measured(tiny, cases=["one"])["cases"][0]
     assert idle["round_seconds"] >= 0.48
     assert idle["ratio"] > lean["ratio"] + 0.2 * 0.48 / idle["floor_seconds"]
@@ -109,7 +109,7 @@ def test_mistakes_are_named(tiny: Path) -> None:
 def test_passes_of_networks_that_nobody_calls_are_named(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DFAD, "passes", lambda self, cfg: {"critic_forward": 3.0})
+    monkeypatch.setattr(dfad.DFAD, "passes", lambda self, cfg: {"critic_forward": 3.0})
     with pytest.raises(RecipeError, match="got the passes critic_forward of networks that no step"):
         measured(tiny)
 

@@ -203,3 +203,12 @@ def test_only_a_number_at_its_place_is_one(summary, value):
 def test_a_claim_that_would_hold_by_itself_is_refused(rules, told):
     with pytest.raises(ValidationError, match=told):
         Statement(claim="c", arm="a", **rules)
+
+
+def test_several_times_another_arm():
+    found = results(a=[0.5, 0.2], b=[0.1, 0.05])
+    assert judge(Statement(claim="c", arm="a", times={"b": 4}), found) == ("holds", "")
+    told = "case, seed number 1: 0.2 is 4.0 times b"
+    assert judge(Statement(claim="c", arm="a", times={"b": 5}), found) == ("does not hold", told)
+    with pytest.raises(ValueError, match="got times with smaller"):
+        Statement(claim="c", arm="a", times={"b": 5}, smaller=True)

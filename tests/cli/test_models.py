@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vestige.cli import models
 from vestige.data.image import load_images
+from vestige.recipes.evaluate import Judged
 from vestige.recipes.loading import load_recipe
 from vestige.recipes.run import run_recipe
 from vestige.recipes.teacher import train_teacher
@@ -42,6 +44,33 @@ def test_a_run_is_judged_as_it_was(program, run):
     share = found["details"]["agreement"]["share"]
     assert f"agrees with its teacher ({TEACHER}, accuracy 99.40%) on {share:.2%}" in out
     assert f"accuracy {found['scores']['accuracy']:.2%}" in out
+
+
+def test_what_a_task_tells_is_shown_by_the_keys_that_are_there(monkeypatch, capsys):
+    def shown(metric: str, scores: dict, details: dict) -> str:
+        found = Judged("a", 1, "f" * 64, "d/test", "e", 4, ("[b]",), metric, scores, details, "t")
+        models._show(found)
+        return capsys.readouterr().out
+
+    monkeypatch.setenv("COLUMNS", "120")
+    dense = {
+        "inputs": 4,
+        "pixels": 64_000,
+        "pixels_per_class": [60_000, 4_000, 0],
+        "student": {"miou": 0.625, "pixel_accuracy": 0.75, "per_class": [0.75, 0.5, None]},
+        "teacher": {"miou": 0.875, "per_class": [0.9, 0.85, None]},
+        "agreement": {"share": 0.8125},
+    }
+    out = shown("miou", {"miou": 0.625, "pixel_accuracy": 0.75, "loss": 0.5}, dense)
+    assert "4 inputs: mIoU 62.50%, pixel accuracy 75.00%, loss 0.5000" in out
+    assert "agrees with its teacher (t, mIoU 87.50%) on 81.25% of the pixels" in out
+    for said in ("pixels", "IoU", "[b]", "60,000", "75.0%", "90.0%"):
+        assert said in out
+    assert "accuracy" not in out.replace("pixel accuracy", "")
+    # Of a task that nobody here knows.
+    assert "score 0.5000" in shown("score", {"score": 0.5}, {"anything": [1]})
+    assert "class" not in shown("score", {"score": 0.5}, {"student": {"per_class": [None]}})
+    assert "on 50.00%" in shown("score", {"score": 0.5}, {"agreement": {"share": 0.5}})
 
 
 def test_weights_and_cards_name_the_same_network(program, run):

@@ -257,7 +257,7 @@ def test_progress_in_a_pipe_is_a_line_at_times(capfd, monkeypatch):
     assert "\x1b" not in err
     # Ten tenths of 10 s each, and the warning.
     assert lines[0] == "a (1 of 2): 10% after 10 s"
-    assert lines[4] == "a (1 of 2): 50% after 50 s, test 25.0%"
+    assert lines[4] == "a (1 of 2): 50% after 50 s, test accuracy 25.0 %"
     assert len(lines) == 11
     assert lines[-1] == "a: look [out]"
 

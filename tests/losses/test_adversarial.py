@@ -12,6 +12,7 @@ from vestige.losses.adversarial import (
     disagreement_loss,
     js_disagreement,
     log_form,
+    patch_loss,
 )
 from vestige.losses.distill import kl_divergence, l1_logits
 
@@ -224,3 +225,27 @@ def test_js_refuses_what_it_does_not_know():
         js_disagreement(logits(2, 3), logits(2, 3), reduction="mean")
     with pytest.raises(RecipeError, match="got temperature 0"):
         js_disagreement(logits(2, 3), logits(2, 3), temperature=0.0)
+
+
+def test_patches_of_which_nobody_knows_cost_log_2_each():
+    # mosaickd.md: 64 patches of a 32x32 image.
+    logits = torch.zeros(3, 1, 8, 8, dtype=torch.float64)
+    for given in (True, False):
+        expected = torch.full((3,), 64 * math.log(2), dtype=torch.float64)
+        torch.testing.assert_close(patch_loss(logits, given=given), expected)
+
+
+def test_patch_loss_is_the_sum_of_binary_cross_entropies():
+    logits = torch.randn(2, 1, 3, 2, generator=torch.Generator().manual_seed(0)).double()
+    for given in (True, False):
+        slow = [
+            sum(-math.log(1 / (1 + math.exp(-x if given else x))) for x in row.flatten().tolist())
+            for row in logits
+        ]
+        np.testing.assert_allclose(patch_loss(logits, given=given).numpy(), slow, rtol=1e-12)
+
+
+def test_patch_loss_pulls_towards_what_it_is_told():
+    logits = torch.zeros(1, 1, 2, 2, requires_grad=True)
+    patch_loss(logits, given=True).sum().backward()
+    torch.testing.assert_close(logits.grad, torch.full((1, 1, 2, 2), -0.5))

@@ -9,6 +9,7 @@ from vestige.errors import RecipeError, ShapeError
 from vestige.losses.prior import (
     activation_loss,
     class_balance_loss,
+    entropy_loss,
     one_hot_loss,
     total_variation,
 )
@@ -179,3 +180,25 @@ def test_images_without_neighbours_and_unknown_forms_are_refused():
             inspect.unwrap(total_variation)(torch.zeros(shape))
     with pytest.raises(RecipeError, match="got form 'tv', expected 'l1' or 'l2'"):
         total_variation(torch.zeros(1, 1, 2, 2), form="tv")
+
+
+def test_entropy_runs_from_zero_to_log_k():
+    assert entropy_loss(torch.tensor([[200.0, 0.0, 0.0]])).item() == 0
+    assert entropy_loss(torch.zeros(1, 3)).item() == pytest.approx(math.log(3))
+
+
+def test_entropy_agrees_with_its_sum_and_stays_finite_where_a_class_underflows():
+    logits = draw(6, 5)
+    slow = [-sum(p * math.log(p) for p in softmax(row)) for row in logits.numpy()]
+    np.testing.assert_allclose(entropy_loss(logits).numpy(), slow, rtol=1e-12)
+    # exp(-400) is 0 in float32, and 0 log 0 of a plain softmax is NaN.
+    extreme = torch.tensor([[0.0, -400.0, 3.0]], requires_grad=True)
+    entropy_loss(extreme).sum().backward()
+    assert torch.isfinite(extreme.grad).all()
+
+
+def test_dense_entropy_is_the_mean_over_positions():
+    dense = draw(2, 5, 3, 4)
+    flat = dense.movedim(1, -1).reshape(2, 12, 5)
+    expected = torch.stack([entropy_loss(rows).mean() for rows in flat])
+    torch.testing.assert_close(entropy_loss(dense), expected)

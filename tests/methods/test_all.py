@@ -137,11 +137,26 @@ def trainer(job: Job, out: Path | None = None, **given: Any) -> Trainer:
 
 
 class CountingContext(RunContext):
-    """Counts the steps of every optimizer by the network that it moves."""
+    """Counts the steps of every optimizer by the network that it moves.
 
-    def __init__(self, nets: Mapping[str, nn.Module], counts: Counter[str], **given: Any) -> None:
+    While an update runs, `moving` holds the weights that it is about to move.
+    """
+
+    def __init__(
+        self,
+        nets: Mapping[str, nn.Module],
+        counts: Counter[str],
+        moving: set[int],
+        **given: Any,
+    ) -> None:
         super().__init__(**given)
-        self.nets, self.counts = nets, counts
+        self.nets, self.counts, self.moving = nets, counts, moving
+
+    def update(self, role: Any, model: Any, loss_fn: Any, batch: Any, *given: Any, **more: Any):
+        self.moving |= {id(p) for made in given for g in made.param_groups for p in g["params"]}
+        step = super().update(role, model, loss_fn, batch, *given, **more)
+        self.moving.clear()
+        return step
 
     def optimizer(self, *args: Any, **given: Any) -> torch.optim.Optimizer:
         made = super().optimizer(*args, **given)
@@ -153,12 +168,17 @@ class CountingContext(RunContext):
 
 
 def drive(
-    job: Job, *, plugins: Mapping[str, Any] | None = None, counts: Counter[str] | None = None
+    job: Job,
+    *,
+    plugins: Mapping[str, Any] | None = None,
+    counts: Counter[str] | None = None,
+    moving: set[int] | None = None,
 ) -> list[Step]:
     """Run the method without the trainer, whose diagnosis makes passes of its own."""
     ctx = CountingContext(
         job.nets,
         Counter() if counts is None else counts,
+        set() if moving is None else moving,
         seed=job.seed,
         device=torch.device("cpu"),
         plugins=plugins or {},
@@ -536,6 +556,7 @@ def test_passes_are_what_hooks_count(name, options, tiny_teacher, tiny_student):
     # Passes are those of a round of the student's loop, which a warm-up precedes.
     job = assemble(name, {**options, "warmup": 0}, tiny_teacher, tiny_student)
     counts: Counter[str] = Counter()
+    moving: set[int] = set()
 
     def count(net: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -543,8 +564,10 @@ def test_passes_are_what_hooks_count(name, options, tiny_teacher, tiny_student):
             answer = Prediction.of(output).logits
             if not answer.requires_grad:
                 return
-            # A network of the method's own is trained by whatever it is fed with.
-            if net in ("student", "teacher") and args[0].requires_grad:
+            # A network of the method's own is trained by whatever it is fed with, unless it only
+            # judges what another one makes.
+            judges = bool(moving) and not moving & {id(p) for p in module.parameters()}
+            if (net in ("student", "teacher") or judges) and args[0].requires_grad:
                 # At the input: a loss may read what lies inside and leave the answer alone.
                 args[0].register_hook(lambda grad: counts.update([f"{net}_backward_to_input"]))
             else:
@@ -554,7 +577,7 @@ def test_passes_are_what_hooks_count(name, options, tiny_teacher, tiny_student):
 
     for net, module in job.nets.items():
         module.register_forward_hook(count(net))
-    drive(job, counts=counts)
+    drive(job, counts=counts, moving=moving)
     passes = Counter(job.method.passes(job.cfg))
     observed = passes.pop("teacher_observed", 0)
     passes.update(teacher_forward=observed, teacher_backward_to_input=observed)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vestige.core import schedules
 from vestige.core.types import Batch, InputSpec, Step
 from vestige.errors import NoBatchNormError
+from vestige.methods._fakes import as_inputs
 from vestige.methods.dfad import DFAD, DFADConfig
 from vestige.methods.kd import KD, KDConfig
 from vestige.models.factory import build_model
@@ -543,7 +544,7 @@ def test_generator_b_makes_inputs_of_whatever_statistics_the_teacher_has(tiny_st
     cfg = DFADConfig(generator="dcgan", generator_width=4, latent_dim=8, batch_size=8)
     method = DFAD(cfg, Classification(spec, 3), [teacher], tiny_student, {})
     made = method.generator(torch.randn(8, 8))
-    inputs = method.as_inputs(made)
+    inputs = as_inputs(made, method.cfg, method.spec)
     # [-1, 1] stands for images in [0, 1]; for mean and std 0.5 the output is the input as it is.
     torch.testing.assert_close(spec.denormalize(inputs), (made + 1) / 2)
     if mean == (0.5,):

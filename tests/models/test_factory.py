@@ -23,7 +23,7 @@ def test_every_listed_model_reads_the_spec(name):
     args = {"width": 4} if "width" in model_arguments(name) else {}
     net = build_model(name, SPEC, 7, **args).eval()
     with torch.no_grad():
-        assert net(torch.zeros(2, 2, 16, 20)).shape == (2, 7)
+        assert net(torch.zeros(2, 2, 16, 20)).shape in {(2, 7), (2, 7, 16, 20)}
 
 
 @pytest.mark.parametrize("name", [name for name, _ in list_generators()])
@@ -48,6 +48,15 @@ def test_names_mean_the_networks_of_the_field():
     assert isinstance(build_generator("dcgan", colour, latent_dim=4, width=2), DCGANGenerator)
 
 
+def test_networks_that_answer_at_every_pixel_say_so():
+    for name, what in list_models():
+        args = {"width": 4} if "width" in model_arguments(name) else {}
+        net = build_model(name, SPEC, 7, **args).eval()
+        with torch.no_grad():
+            is_dense = net(torch.zeros(1, 2, 16, 20)).dim() == 4
+        assert is_dense == what.startswith("segmentation: ")
+
+
 def test_every_description_is_one_line_and_every_name_once():
     listed = list_models() + list_generators()
     assert len({name for name, _ in listed}) == len(listed)
@@ -60,6 +69,10 @@ def test_arguments_are_those_that_change_the_network():
     assert model_arguments("vgg11") == ("bn",)
     assert model_arguments("lenet5-half") == ()
     assert model_arguments("wrn-22-4") == ()
+    assert model_arguments("encoder-decoder") == ("widths",)
+    deeplab = ("width", "output_stride", "rates", "dropout")
+    assert model_arguments("deeplabv3-resnet50") == deeplab
+    assert model_arguments("deeplabv3-mobilenetv2") == deeplab
     assert generator_arguments("upsample") == ("width", "head", "slope", "inner_eps", "spectral")
     wide = build_model("resnet18", SPEC, 3, width=8)
     assert count_parameters(wide) > count_parameters(build_model("resnet18", SPEC, 3, width=4))

@@ -112,6 +112,8 @@ def put_in_cache(name: str, cache: Path) -> None:
         parameters=count_parameters(module),
         accuracy=0.1,
         torch=torch.__version__,
+        task=recipe.task,
+        task_config=recipe.task_config,
     )
     stem = cache / "teachers" / f"{recipe.name}-{recipe.sha256()[:12]}"
     write_bytes(stem.with_suffix(".safetensors"), tensors_to_bytes(module.state_dict()))
@@ -323,7 +325,7 @@ def test_unknown_keys_anywhere_are_all_told_at_once_with_the_nearest():
         ({"teacher": "recipe:mnist-convet"}, "did you mean 'mnist-convnet'"),
         (
             {"teacher": {}},
-            "teacher: give exactly one of 'factory', 'model', 'timm', 'hf', 'ensemble'",
+            "teacher: give exactly one of 'factory', 'model', 'timm', 'smp', 'hf', 'ensemble'",
         ),
         ({"teacher": 5}, "teacher.str: got 5"),
         ({"student": {"name": "convnett"}}, "did you mean 'convnet'"),
@@ -336,7 +338,7 @@ def test_unknown_keys_anywhere_are_all_told_at_once_with_the_nearest():
         ({"plugins": [5, {"name": "abd"}]}, "plugins.0: got 5"),
         ({"config": [1]}, "config: got [1]"),
         ({"config": {"loss": "l2"}}, "config.loss: got 'l2'"),
-        ({"task": "segmentation"}, "task: got 'segmentation'"),
+        ({"task": "segmenting"}, "task: got 'segmenting'"),
         ({"num_classes": 1}, "num_classes: got 1"),
         ({"seed": -1}, "seed: got -1"),
         ({"arms": {"a": 5}}, "arms.a: got 5"),

@@ -130,6 +130,8 @@ def test_without_transformers_the_command_is_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("vestige.teachers.vision.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'vestige\[vision\]'"):
         load_teacher("timm:resnet18")
+    with pytest.raises(MissingExtraError, match="'smp:' network, but segmentation_models_pytorch"):
+        load_teacher("smp:Unet/resnet18")
 
 
 @pytest.mark.parametrize("rescaled", [True, False])

@@ -64,7 +64,7 @@ def test_unknown_names_list_what_there_is() -> None:
     with pytest.raises(TeacherError, match=r"'nothing', expected one of .*digits-convnet"):
         load_teacher("builtin:nothing")
     for name in ("tim:resnet50", "resnet50"):
-        with pytest.raises(TeacherError, match="starts with builtin: or timm: or hf: or a mapping"):
+        with pytest.raises(TeacherError, match="starts with builtin: or timm: or smp: or hf: or"):
             load_teacher(name)
 
 

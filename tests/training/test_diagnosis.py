@@ -230,6 +230,28 @@ def test_dense_answers_are_counted_per_pixel():
     assert diagnosis.end_round(None) == RoundRecord(0.5, (0, 0, 32))
 
 
+def test_pixels_need_not_be_of_all_classes_and_a_checkpoint_remembers_it():
+    def ran(*, dense: bool) -> Diagnosis:
+        diagnosis = Diagnosis(CLASSES)
+        shape = (1000, CLASSES, 1, 1) if dense else (1000, CLASSES)
+        answers = torch.zeros(shape)
+        answers[:, 3] = 1
+        for _ in range(8):
+            both = Prediction(answers)
+            diagnosis.observe(Loss({}, torch.zeros(()), torch.zeros(1000, 1), both, both))
+            diagnosis.end_round(None)
+        return diagnosis
+
+    assert [finding.code for finding in ran(dense=False).findings()] == ["few-classes"]
+    assert ran(dense=True).findings() == []
+    again = Diagnosis(CLASSES)
+    again.load_state_dict(ran(dense=True).state_dict())
+    assert again.findings() == []
+    # One from before there were such answers.
+    again.load_state_dict({"records": ran(dense=False).state_dict()["records"]})
+    assert [finding.code for finding in again.findings()] == ["few-classes"]
+
+
 def test_what_is_no_classification_is_left_alone():
     diagnosis = Diagnosis(CLASSES)
     diagnosis.observe(Loss({}, torch.zeros(())))

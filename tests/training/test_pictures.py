@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vestige.errors import ShapeError
-from vestige.training.pictures import PAPER, contact_sheet, save_png, time_strip
+from vestige.training.pictures import PAPER, answer_grid, contact_sheet, save_png, time_strip
 
 
 def _read(path: Path) -> np.ndarray:
@@ -129,3 +129,47 @@ def test_a_strip_refuses_what_does_not_fit() -> None:
         time_strip([])
     with pytest.raises(ShapeError, match="1 labels for 2 images"):
         time_strip([("round 1", torch.zeros(2, 1, 4, 4, dtype=torch.uint8), ["a"])])
+
+
+def test_answers_stand_in_columns_under_their_headings() -> None:
+    def flat(*values: float, channels: int = 3) -> torch.Tensor:
+        return torch.tensor(values).view(-1, 1, 1, 1).expand(-1, channels, 32, 64)
+
+    columns = {
+        "input": flat(0.0, 0.2, channels=1),
+        "teacher": flat(0.4, 0.6),
+        "truth": flat(0.8, 1),
+    }
+    sheet = answer_grid(columns)
+    line, gap, height, width = 22, 8, 64, 128  # enlarged to as many whole times as 128 holds
+    assert sheet.shape == (gap + line + 2 * (height + gap), gap + 3 * (width + gap), 3)
+    for column, values in enumerate(((0, 51), (102, 153), (204, 255))):
+        left = gap + column * (width + gap)
+        heading = sheet[: gap + line, left : left + width]
+        assert (heading < PAPER).any() and (heading == PAPER).any()
+        for row, value in enumerate(values):
+            top = gap + line + row * (height + gap)
+            assert (sheet[top : top + height, left : left + width] == value).all()
+    # What lies between is paper.
+    assert (sheet[:, :gap] == PAPER).all() and (sheet[-gap:] == PAPER).all()
+
+
+def test_large_answers_are_made_smaller_and_narrow_ones_leave_room_for_the_heading() -> None:
+    large = answer_grid({"input": torch.zeros(1, 3, 1000, 2000)})
+    assert large.shape == (8 + 22 + 160 + 8, 8 + 320 + 8, 3)
+    narrow = answer_grid({"input": torch.zeros(1, 1, 128, 2), "truth": torch.zeros(1, 1, 128, 2)})
+    assert narrow.shape[1] == 8 + 2 * (64 + 8)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({}, "no columns"),
+        ({"input": torch.zeros(2, 2, 4, 4)}, "C 1 or 3"),
+        ({"a": torch.zeros(2, 3, 4, 4), "b": torch.zeros(1, 3, 4, 4)}, "the same for all"),
+        ({"a": torch.zeros(2, 3, 4, 4), "b": torch.zeros(2, 3, 4, 5)}, "the same for all"),
+    ],
+)
+def test_a_grid_refuses_what_does_not_fit(columns: dict, message: str) -> None:
+    with pytest.raises(ShapeError, match=message):
+        answer_grid(columns)

@@ -8,6 +8,7 @@ from torch.nn import functional
 from vestige.core.types import InputSpec
 from vestige.errors import CheckpointError, DataError, NonFiniteLossError, ShapeError
 from vestige.tasks.classification import Classification
+from vestige.tasks.segmentation import Segmentation
 from vestige.training.checkpoint import CheckpointStore
 from vestige.training.supervised import random_flip, random_shift, train_classifier
 
@@ -193,3 +194,119 @@ def test_about_half_of_the_images_are_mirrored_and_the_rest_left_alone() -> None
     kept = (flipped == images).flatten(1).all(1)
     assert torch.equal(mirrored, ~kept)
     assert 150 < int(mirrored.sum()) < 250  # 200 expected with deviation 10
+
+
+# Masks
+
+
+def squares(count: int) -> tuple[Tensor, Tensor]:
+    """Bright squares on noise, and where they are; the right edge of each mask is ignored."""
+    masks = torch.zeros(count, 8, 8, dtype=torch.long)
+    for mask in masks:
+        top, left = torch.randint(5, (2,)).tolist()
+        mask[top : top + 3, left : left + 3] = 1
+    inputs = 0.3 * torch.randn(count, 1, 8, 8) + masks[:, None]
+    masks[:, :, 7] = 255
+    return inputs, masks
+
+
+def dense(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 3, padding=1)
+    )
+
+
+@pytest.mark.parametrize("focal_gamma", [0.0, 2.0])
+def test_it_learns_masks(focal_gamma: float) -> None:
+    module, losses = dense(), []
+    train_classifier(
+        module,
+        *squares(100),
+        epochs=6,
+        batch_size=20,
+        shift=1,
+        flip=True,
+        lr=1e-2,
+        focal_gamma=focal_gamma,
+        ignore_index=255,
+        on_epoch=lambda _, loss: losses.append(loss),
+    )
+    scores = Segmentation(SPEC, 2).evaluate(module, squares(50))
+    # Taking everything for background scores 0.42.
+    assert scores["miou"] > 0.8
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_what_is_ignored_moves_no_weight() -> None:
+    def trained(value: float, shift: int = 0) -> Tensor:
+        inputs, masks = torch.zeros(32, 1, 8, 8), torch.full((32, 8, 8), 255)
+        inputs[:, :, :, :4] = torch.linspace(-1, 1, 32).view(-1, 1, 1, 1)
+        masks[:, :, 0] = torch.arange(32)[:, None] % 2
+        # Too far for a 3x3 convolution to reach what is judged.
+        inputs[:, :, :, 6:] = value
+        torch.manual_seed(0)
+        module = nn.Conv2d(1, 2, 3, padding=1)
+        train_classifier(
+            module, inputs, masks, epochs=2, batch_size=16, shift=shift, ignore_index=255
+        )
+        return nn.utils.parameters_to_vector(module.parameters())
+
+    assert torch.equal(trained(0.0), trained(100.0))
+
+
+@pytest.mark.parametrize("focal_gamma", [0.0, 2.0])
+def test_loss_is_the_mean_over_what_is_not_ignored(focal_gamma: float) -> None:
+    logits, masks = torch.randn(8, 3, 2, 2), torch.randint(3, (8, 2, 2))
+    masks[:, 0, 0] = 255
+
+    class Told(nn.Module):
+        """Its inputs are its logits; one weight that has no effect."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+            return {"out": inputs + 0 * self.weight}
+
+    losses: list[float] = []
+    train_classifier(
+        Told(),
+        logits,
+        masks,
+        epochs=1,
+        batch_size=8,
+        focal_gamma=focal_gamma,
+        ignore_index=255,
+        on_epoch=lambda _, loss: losses.append(loss),
+    )
+    kept = masks != 255
+    right = logits.softmax(1).permute(0, 2, 3, 1)[kept][range(int(kept.sum())), masks[kept]]
+    expected = (-((1 - right) ** focal_gamma) * right.log()).mean()
+    assert losses == [pytest.approx(expected.item(), rel=1e-5)]
+
+
+def test_a_batch_of_nothing_but_ignored_pixels_is_no_failure() -> None:
+    inputs, masks = squares(8)
+    masks[:4] = 255
+    for gamma in (0.0, 0.5):
+        module = dense()
+        train_classifier(
+            module, inputs, masks, epochs=1, batch_size=1, ignore_index=255, focal_gamma=gamma
+        )
+        assert all(torch.isfinite(weight).all() for weight in module.parameters())
+
+
+def test_masks_that_do_not_fit_are_named() -> None:
+    inputs, masks = squares(4)
+    with pytest.raises(DataError, match=r"label 255 and 2 logits.*ignore_index"):
+        train_classifier(dense(), inputs, masks, epochs=1)
+    with pytest.raises(ShapeError, match=r"logits of shape \(4, 2, 8, 8\) for labels of shape"):
+        train_classifier(dense(), inputs, masks[:, 0, 0] * 0, epochs=1)
+    with pytest.raises(ShapeError, match=r"\(4, 3\) for labels of shape \(4, 8, 8\)"):
+        train_classifier(network(), inputs, masks, epochs=1, ignore_index=255)
+    with pytest.raises(ShapeError, match="masks of their size"):
+        train_classifier(dense(), inputs, masks[:, :4], epochs=1)
+    with pytest.raises(DataError, match=r"focal_gamma=1\.0, label_smoothing=0\.1"):
+        train_classifier(dense(), inputs, masks, epochs=1, focal_gamma=1.0, label_smoothing=0.1)

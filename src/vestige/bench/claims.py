@@ -34,6 +34,7 @@ class Case(Strict):
     """One setting: a recipe with arms, overrides as for `--set`, and which arms to run."""
 
     recipe: str
+    preset: str | None = None
     overrides: tuple[str, ...] = ()
     arms: tuple[str, ...] = ()
 
@@ -102,7 +103,7 @@ def run_claim(
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     recipes: dict[str, Recipe] = {}
     for case_name, case in definition.cases.items():
-        recipe = load_recipe(case.recipe, overrides=case.overrides)
+        recipe = load_recipe(case.recipe, preset=case.preset, overrides=case.overrides)
         recipes[case_name] = recipe
         known = case.arms or tuple(recipe.arms)
         if strange := sorted({*(arms or ())} - {*known} | {*known} - {*recipe.arms}):

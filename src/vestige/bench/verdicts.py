@@ -36,7 +36,8 @@ class Statement(Strict):
         bound: the least that is measured on every seed; with `smaller` the most.
         share_of_teacher: least share of the teacher's score, on every seed.
         points_above: least distance to other arms, in units of what is measured, on every seed.
-        mean_above: likewise, of the means over the seeds.
+        times: least multiple of what other arms have, on every seed; not with `smaller`.
+        mean_above: like `points_above`, of the means over the seeds.
         not_below: how far the mean may stay behind that of other arms.
         gap_closed: least share of the way from the baseline to the reference arm, on every seed.
     """
@@ -49,6 +50,7 @@ class Statement(Strict):
     bound: float | None = None
     share_of_teacher: float | None = None
     points_above: dict[str, float] = {}
+    times: dict[str, float] = {}
     mean_above: dict[str, float] = {}
     not_below: dict[str, float] = {}
     gap_closed: float | None = None
@@ -56,7 +58,7 @@ class Statement(Strict):
     @property
     def others(self) -> set[str]:
         """The arms that it is compared with by name."""
-        return {*self.points_above, *self.mean_above, *self.not_below}
+        return {*self.points_above, *self.times, *self.mean_above, *self.not_below}
 
     @model_validator(mode="after")
     def _is_a_rule(self) -> Self:
@@ -70,6 +72,8 @@ class Statement(Strict):
                 "got share_of_teacher or gap_closed with another measure or smaller: true, "
                 "expected them with the score alone; make two claims"
             )
+        if self.times and self.smaller:
+            raise ValueError("got times with smaller: true, expected points_above; correct one")
         return self
 
 
@@ -161,6 +165,11 @@ def _in_the_measure(
             if value - beside < least - _ROUNDING:
                 told = _distance(value - beside, statement)
                 yield f"{case}, seed number {index}: {told} {other}"
+    for other, least in statement.times.items():
+        for index, (value, beside) in enumerate(zip(own, values[other], strict=True)):
+            if value < least * beside - _ROUNDING:
+                told = f"{value:.3g} is {value / beside:.1f} times {other}"
+                yield f"{case}, seed number {index}: {told}"
     for other, least in [
         *statement.mean_above.items(),
         *((other, -margin) for other, margin in statement.not_below.items()),

@@ -120,16 +120,19 @@ def _plugins() -> list[dict[str, Any]]:
 
 
 def _teachers() -> list[dict[str, Any]]:
-    from vestige.recipes.teacher_schema import teacher_recipes
+    from vestige.recipes.teacher_schema import load_teacher_recipe, teacher_recipes
     from vestige.teachers.loading import builtin_card, builtin_teachers
 
     rows = []
     for name in teacher_recipes():
         shipped = name in builtin_teachers()
+        metric, score = builtin_card(name).measured if shipped else (None, None)
         rows.append(
             {
                 "name": f"builtin:{name}" if shipped else f"recipe:{name}",
-                "accuracy when trained": builtin_card(name).accuracy if shipped else None,
+                "task": load_teacher_recipe(name).task,
+                "metric": metric,
+                "score when trained": score,
                 "rebuild": f"vestige train-teacher {name}",
             }
         )

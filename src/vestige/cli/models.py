@@ -1,6 +1,7 @@
 """`vestige evaluate` and `vestige export`: what a run left, judged again and handed on."""
 
 import json
+import math
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -78,7 +79,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Judge a network on real data: accuracy, loss, each class, agreement with its teacher."""
+    """Judge a network on real data: its scores, each class, agreement with its teacher."""
     from vestige.recipes.evaluate import evaluate as judge
 
     found = judge(target, data=data, split=split and split.value, device=device)
@@ -125,49 +126,68 @@ def export(
 def _show(found: "Judged") -> None:
     from rich.markup import escape
 
+    from vestige.training.report.tables import is_share, mapping, metric_name, number
+
+    def told(name: str, value: float) -> str:
+        return f"{metric_name(name)} {f'{value:.2%}' if is_share(name) else f'{value:.4f}'}"
+
     screen = console()
     screen.print(
         f"[bold]{escape(found.name)}[/]  {found.parameters:,} parameters, fingerprint "
         f"{found.fingerprint[:12]}",
         highlight=False,
     )
-    scores = ", ".join(
-        f"{name} {value:.2%}" if name == "accuracy" else f"{name} {value:.4f}"
-        for name, value in found.scores.items()
-    )
+    scores = ", ".join(told(name, value) for name, value in found.scores.items())
     screen.print(f"{escape(found.data)}, {found.inputs:,} inputs: {scores}", highlight=False)
-    agreement = found.details.get("agreement")
-    if agreement:
-        teacher = found.details["teacher"]
+    share = number(mapping(found.details.get("agreement")).get("share"))
+    if math.isfinite(share):
+        taught = number(mapping(found.details.get("teacher")).get(found.metric))
+        known = f", {told(found.metric, taught)}" if math.isfinite(taught) else ""
+        of = " of the pixels" if "pixels" in found.details else ""
         screen.print(
-            f"agrees with its teacher ({escape(found.teacher)}, accuracy "
-            f"{teacher['accuracy']:.2%}) on {agreement['share']:.2%}",
+            f"agrees with its teacher ({escape(found.teacher)}{known}) on {share:.2%}{of}",
             highlight=False,
         )
-    if found.details:
-        screen.print(_classes(found))
+    if classes := _classes(found):
+        screen.print(classes)
 
 
 def _classes(found: "Judged") -> Any:
-    """The worst classes first where not all can be shown."""
+    """The worst classes first where not all can be shown; None where nothing is known of them."""
     from rich.table import Table
+    from rich.text import Text
+
+    from vestige.training.report.tables import (
+        class_score,
+        format_count,
+        mapping,
+        number,
+        sequence,
+    )
 
     details = found.details
-    own = details["student"]["per_class"]
-    taught = (details.get("teacher") or {}).get("per_class")
-    rows = [label for label, value in enumerate(own) if value is not None]
+    own, taught = (
+        [number(value) for value in sequence(mapping(details.get(who)).get("per_class"))]
+        for who in ("student", "teacher")
+    )
+    rows = [label for label, value in enumerate(own) if math.isfinite(value)]
+    if not rows:
+        return None
     title = None
     if len(rows) > _MOST_CLASSES:
         title = f"the {_MOST_CLASSES} weakest of {len(rows)} classes; --json has all"
-        rows = sorted(rows, key=lambda label: float(own[label]))[:_MOST_CLASSES]
-    columns = ["class", "inputs", "accuracy", *(["teacher"] if taught else [])]
+        rows = sorted(rows, key=lambda label: own[label])[:_MOST_CLASSES]
+    counted = next((what for what in ("inputs", "pixels") if f"{what}_per_class" in details), "")
+    counts = sequence(details.get(f"{counted}_per_class"))
+    columns = ["class", *([counted] if counts else []), class_score(details)]
+    columns += ["teacher"] if taught else []
     table = Table(*columns, title=title, header_style="bold")
     for label in rows:
         name = found.classes[label] if label < len(found.classes) else str(label)
-        shares = [own[label], *([taught[label]] if taught else [])]
+        shares = [one[label] for one in (own, taught) if label < len(one)]
         table.add_row(
-            name,
-            str(details["inputs_per_class"][label]),
-            *("-" if share is None else f"{share:.1%}" for share in shares),
+            Text(name),
+            *([format_count(number(counts[label]))] if label < len(counts) else []),
+            *(f"{share:.1%}" if math.isfinite(share) else "-" for share in shares),
         )
     return table

@@ -91,10 +91,9 @@ class RunProgress:
             elif event.kind in ("round", "end") or (event.kind == "step" and position.rounds):
                 show()
             elif event.kind == "evaluation":
-                score = next(iter(data["scores"].values()))
-                self._progress.update(task, note=f"test {score:.1%}")
+                self._progress.update(task, note=position.judged)
                 if line is not None:
-                    line.note = f", test {score:.1%}"
+                    line.note = f", {position.judged}"
             elif event.kind == "warning":
                 self.say(f"{arm}: {data['message']}", style="yellow")
 

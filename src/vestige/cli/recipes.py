@@ -61,8 +61,8 @@ def validate(
     that cannot be imported, extras that are not installed. Nothing is loaded, built or trained.
     """
     from vestige.errors import RecipeError
-    from vestige.recipes.checks import listed
     from vestige.recipes.loading import find_problems, layered
+    from vestige.recipes.mistakes import listed
     from vestige.recipes.presence import absent
 
     raw = layered(

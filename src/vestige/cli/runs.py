@@ -296,7 +296,14 @@ def _print_result(summary: dict[str, Any], folder: Path) -> None:
             f"Knob: {escape(finding['knob'])}"
         )
     left = (
-        *("samples.png", "report.html", "summary.json", "comparison.json", "student.safetensors"),
+        *(
+            "samples.png",
+            "answers.png",
+            "report.html",
+            "summary.json",
+            "comparison.json",
+            "student.safetensors",
+        ),
         "pool",
     )
     typer.echo(f"{folder}: {', '.join(name for name in left if (folder / name).exists())}")

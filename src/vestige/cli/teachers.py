@@ -44,6 +44,7 @@ def train_teacher(
 
     from vestige.recipes.teacher import train_teacher as train
     from vestige.recipes.teacher_schema import load_teacher_recipe
+    from vestige.training.report.tables import is_share, metric_name
 
     loaded = load_teacher_recipe(recipe)
     if device is not None:
@@ -57,7 +58,9 @@ def train_teacher(
             resume=resume,
             minutes=minutes,
         )
+    metric, score = card.measured
+    shown = f"{score:.1%}" if is_share(metric) else f"{score:.4g}"
     typer.echo(
-        f"{out / loaded.name}.safetensors: test accuracy {card.accuracy:.1%}, {card.parameters} "
+        f"{out / loaded.name}.safetensors: test {metric_name(metric)} {shown}, {card.parameters} "
         f"parameters, fingerprint {card.weights_fingerprint[:12]}"
     )

@@ -57,8 +57,20 @@ def multistep(
     return Schedule(factor, per, steps)
 
 
-def named(name: ScheduleName, milestones: tuple[float, ...] = ()) -> Schedule | None:
-    """The schedule per round that a method's setting names; None keeps the rate constant."""
+def named(
+    name: ScheduleName, milestones: tuple[float, ...] = (), *, steps: int = 0
+) -> Schedule | None:
+    """The schedule that a method's setting names; None keeps the rate constant.
+
+    Args:
+        name: of the setting.
+        milestones: of "multistep".
+        steps: all steps of the optimizer, after each of which the rate is set; 0 sets it at round
+            ends.
+    """
     if name == "constant":
         return None
-    return cosine() if name == "cosine" else multistep(milestones)
+    per: Literal["round", "step"] = "step" if steps else "round"
+    if name == "cosine":
+        return cosine(per=per, steps=steps)
+    return multistep(milestones, per=per, steps=steps)

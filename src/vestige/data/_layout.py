@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vestige.data._npz import LAYOUT, count_npz
+from vestige.data._masks import count_masked, holds_masks
+from vestige.data._npz import LAYOUT, count_npz, read_names
 from vestige.data._pictures import class_folders, count_pictures
 from vestige.errors import DataError
 
 BUILT_IN = "digits"
 SPLITS = ("train", "select", "test")
 _STEMS = {"train": ("train",), "select": ("select", "val"), "test": ("test",)}
+_NAMES = "classes.txt"
 _SPLIT_NAMES = frozenset(stem for stems in _STEMS.values() for stem in stems)
 Size = int | Literal["missing", "damaged"]
 
@@ -21,7 +23,7 @@ class Part:
     """What to read for a split.
 
     Attributes:
-        path: an .npz file, or a folder of class folders.
+        path: an .npz file, a folder of class folders, or one of images/ and masks/.
         rule: "whole", all of it; "tenth", the last tenth for "select" and the rest for "train";
             "content", the share of `split` by content.
         split: as it was asked for.
@@ -121,9 +123,43 @@ def _located(asked: str, place: Path, split: str) -> Part:
 def is_undivided(asked: str) -> bool:
     """Whether `asked` is the path of a folder of pictures by class that holds no splits."""
     place = place_of(asked)
-    if place == data_folder() / asked or not os.path.isdir(place) or _stored(place):
+    # Joined to an absolute path the data folder vanishes, and that is no name in it.
+    named = not os.path.isabs(os.path.expanduser(asked)) and place == data_folder() / asked
+    if named or not os.path.isdir(place) or _stored(place):
         return False
     return place.name not in _SPLIT_NAMES and _undivided(place) == place
+
+
+def named_classes(path: Path) -> tuple[str, ...]:
+    """Names of the classes of what holds a split, without reading its images; () without any."""
+    if path.suffix == ".npz":
+        return read_names(path)
+    return listed_names(path) if holds_masks(path) else class_names(path)
+
+
+def listed_names(folder: Path) -> tuple[str, ...]:
+    """The lines of classes.txt in `folder`, or beside it where `folder` is a split; () without.
+
+    Raises:
+        DataError: it names a class twice, or is no text.
+    """
+    beside = folder.name in (*_SPLIT_NAMES, "all")
+    for place in (folder, folder.parent) if beside else (folder,):
+        path = place / _NAMES
+        if not path.is_file():
+            continue
+        try:
+            lines = path.read_text(encoding="utf8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"got {path}, which cannot be read ({error}), expected a class name in each line; "
+                "save it as UTF-8"
+            ) from error
+        names = tuple(line.strip() for line in lines if line.strip())
+        if len(set(names)) < len(names):
+            raise DataError(f"got {path} with a name twice, expected each once; rename one")
+        return names
+    return ()
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
@@ -154,7 +190,9 @@ def sizes(folder: Path) -> dict[str, Size]:
 
 
 def _count(path: Path) -> int | Literal["damaged"]:
-    return count_npz(path) if path.suffix == ".npz" else count_pictures(path)
+    if path.suffix == ".npz":
+        return count_npz(path)
+    return count_masked(path) if holds_masks(path) else count_pictures(path)
 
 
 def _stored(folder: Path) -> dict[str, Path]:
@@ -206,6 +244,7 @@ def _missing(asked: str, folder: Path, split: str) -> DataError:
     return DataError(
         f"got no file {folder / f'{stem}.npz'} for split '{split}' of data set '{asked}', and no "
         f"class folders of pictures; expected {LAYOUT}. Put train.npz and test.npz into "
-        f"{folder}{where}, or pictures as {folder / stem}/CLASS/*.png. From arrays of your own: "
+        f"{folder}{where}, or pictures as {folder / stem}/CLASS/*.png (with masks as "
+        f"{stem}/images/*.png and {stem}/masks/*.png). From arrays of your own: "
         f"numpy.savez('train.npz', x=images, y=labels, classes=names). '{BUILT_IN}' is always there"
     )

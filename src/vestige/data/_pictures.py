@@ -5,8 +5,10 @@ import io
 import logging
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,12 +70,12 @@ class ClassFolders:
 
 def class_folders(folder: Path) -> list[Path]:
     """The folders in `folder` that hold pictures, sorted by name; [] without any."""
-    return [one for one in _folders(folder) if any(_pictures(one))]
+    return [one for one in folders_in(folder) if any(pictures_in(one))]
 
 
 def count_pictures(folder: Path) -> int:
     """Number of pictures in the class folders in `folder`."""
-    return sum(1 for one in class_folders(folder) for _ in _pictures(one))
+    return sum(1 for one in class_folders(folder) for _ in pictures_in(one))
 
 
 def read_class_folders(folder: Path, classes: tuple[str, ...]) -> ClassFolders:
@@ -88,11 +90,11 @@ def read_class_folders(folder: Path, classes: tuple[str, ...]) -> ClassFolders:
     """
     found = []
     try:
-        for one in _folders(folder):
-            _check_depth(one)
+        for one in folders_in(folder):
+            check_depth(one)
             found += [
                 (hashlib.sha256(path.read_bytes()).hexdigest(), classes.index(one.name), path)
-                for path in _pictures(one)
+                for path in pictures_in(one)
             ]
     except OSError as error:
         raise DataError(
@@ -108,25 +110,30 @@ def read_class_folders(folder: Path, classes: tuple[str, ...]) -> ClassFolders:
     )
 
 
-def _folders(folder: Path) -> list[Path]:
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in `folder`, sorted; [] where there is none."""
     if not folder.is_dir():
         return []
     return sorted(one for one in folder.iterdir() if one.is_dir() and one.name[0] != ".")
 
 
-def _pictures(folder: Path) -> Iterator[Path]:
+def pictures_in(folder: Path) -> Iterator[Path]:
+    """The pictures in `folder`, in no order."""
     for path in folder.iterdir():
         if path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file():
             yield path
 
 
-def _check_depth(folder: Path) -> None:
-    """Nothing is left out in silence."""
-    for deeper in _folders(folder):
+def check_depth(folder: Path, where: str = "the class's own folder") -> None:
+    """Nothing in `folder`, which `where` describes, is left out in silence.
+
+    Raises:
+        DataError: pictures lie deeper in it.
+    """
+    for deeper in folders_in(folder):
         if any(path.suffix.lower() in SUFFIXES for path in deeper.rglob("*")):
             raise DataError(
-                f"got pictures in {deeper}, expected them in the class's own folder {folder}; "
-                "move them there"
+                f"got pictures in {deeper}, expected them in {where} {folder}; move them there"
             )
     others = [path.name for path in folder.iterdir() if path.is_file() and path.name[0] != "."]
     others = sorted(name for name in others if Path(name).suffix.lower() not in SUFFIXES)
@@ -143,20 +150,33 @@ def decoded(picture: Path | bytes, *, grey: bool) -> Images:
     Raises:
         DataError: it cannot be decoded.
     """
+    with opened(picture) as image:
+        if image.mode in ("I", "F"):
+            raise ValueError("32 bits per channel, expected 8 or 16")
+        if image.mode.startswith("I;16"):
+            # Pillow would clip what is above 255.
+            wide = np.asarray(image).astype(np.uint32)
+            return ((wide + 128) // 257).astype(np.uint8)
+        plain = grey or image.mode in ("1", "L", "LA")
+        return np.array(image.convert("L" if plain else "RGB"), dtype=np.uint8)
+
+
+@contextmanager
+def opened(picture: Path | bytes) -> Iterator[Any]:
+    """The picture in a file or in its bytes, which is decoded when it is asked.
+
+    Raises:
+        DataError: it cannot be opened or decoded within the block, or a ValueError was raised.
+    """
     from PIL import Image
 
     named = "a picture" if isinstance(picture, bytes) else str(picture)
     try:
         with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
-            if image.mode in ("I", "F"):
-                raise ValueError("32 bits per channel, expected 8 or 16")
-            if image.mode.startswith("I;16"):
-                # Pillow would clip what is above 255.
-                wide = np.asarray(image).astype(np.uint32)
-                return ((wide + 128) // 257).astype(np.uint8)
-            plain = grey or image.mode in ("1", "L", "LA")
-            return np.array(image.convert("L" if plain else "RGB"), dtype=np.uint8)
+            yield image
     except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(
             f"got {named}, which cannot be read as a picture ({error}), expected one of "
             f"{', '.join(SUFFIXES)}; replace or remove it"

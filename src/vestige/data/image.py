@@ -1,16 +1,18 @@
 """Sets of labelled images on disk, and how they become inputs of a network."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from vestige.core.types import InputSpec
+from vestige.data._built_in import BUILT_INS, read_built_in
+from vestige.data._inputs import channel_statistics, to_inputs
 from vestige.data._layout import (
     BUILT_IN,
     SPLITS,
@@ -20,28 +22,34 @@ from vestige.data._layout import (
     class_names,
     data_folder,
     is_undivided,
+    listed_names,
     locate,
+    named_classes,
     place_of,
     sizes,
 )
+from vestige.data._masks import MaskPictures, holds_masks, read_mask_folders, to_masks
 from vestige.data._npz import Arrays, Images, Labels, read_npz
 from vestige.data._pictures import Pictures, read_class_folders
-from vestige.errors import DataError, ShapeError
+from vestige.data._scenes import SCENE_CLASSES, draw_scenes
+from vestige.data._subset import check_names, choose, full_name, split_name
+from vestige.errors import DataError
 
 __all__ = [
     "BUILT_IN",
     "COMMON_SETS",
+    "SCENE_CLASSES",
     "ImageSet",
     "channel_statistics",
     "data_folder",
+    "draw_scenes",
     "list_images",
     "load_images",
     "to_inputs",
+    "to_masks",
 ]
 
-COMMON_SETS = ("cifar10", "fashion_mnist", "mnist", "web32")
-DIGITS_TEST_PER_CLASS = 50
-DIGITS_SEED = 0
+COMMON_SETS = ("camvid", "cifar10", "fashion_mnist", "mnist", "web32")
 
 
 @dataclass(eq=False)
@@ -49,27 +57,38 @@ class ImageSet:
     """One split of a set of labelled images; a `core.protocols.DataSet`.
 
     Attributes:
-        name: name of the set.
+        name: name of the set, with the classes in brackets where only some are taken.
         split: "train", "select", "test" or "all".
         images: (N, H, W) or (N, H, W, C), uint8; or N pictures, which are decoded by `inputs`.
-        labels: (N,), int64, in [0, len(classes)) where the classes have names.
+        labels: (N,), int64, in [0, len(classes)) where the classes have names; or masks (N, H, W)
+            of integers; or N pictures of masks, which are decoded by `examples`.
         classes: names of the classes; () where the set gives none, and labels are class numbers.
         path: the file or folder it was read from; None for the built-in set.
         fingerprint: sha256 in hex of shapes, dtypes and bytes of images, labels and class names; of
-            pictures it is of their files' contents, labels and class names. Where the set lies and
-            what its pictures' files are called does not matter.
+            pictures it is of their files' contents, labels (or their masks' contents) and class
+            names, and where only some classes are taken, of that of the whole and their names.
+            Where the set lies and what its pictures' files are called does not matter.
     """
 
     name: str
     split: str
     images: Images | Pictures
-    labels: Labels
+    labels: Labels | MaskPictures
     classes: tuple[str, ...]
     path: Path | None
     fingerprint: str
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def least_classes(self) -> int:
+        """The fewest classes that it can have: its names, else what labels of images show.
+
+        They need not show every class, and masks without names may hold a value for none: 2.
+        """
+        if self.classes or isinstance(self.labels, MaskPictures) or self.labels.ndim > 1:
+            return len(self.classes) or 2
+        return int(self.labels.max()) + 1
 
     @classmethod
     def open(cls, name: str, split: str) -> "ImageSet":
@@ -83,20 +102,26 @@ class ImageSet:
         Raises:
             DataError: it is not there.
         """
-        if name != BUILT_IN:
-            locate(name, split)
+        name, chosen = split_name(name)
+        if name not in BUILT_INS:
+            part = locate(name, split)
+            if chosen:
+                check_names(name, chosen, named_classes(part.path))
 
     @classmethod
     def undivided(cls, name: str) -> bool:
         """Whether `name` is the path of class folders of pictures without splits."""
-        return name != BUILT_IN and is_undivided(name)
+        name, _ = split_name(name)
+        return name not in BUILT_INS and is_undivided(name)
 
     def inputs(self, spec: InputSpec) -> Tensor:
         """All images as inputs (N, C, H, W) of `spec`, see `to_inputs`."""
         return to_inputs(self.images, spec)
 
     def examples(self, spec: InputSpec) -> tuple[Tensor, Tensor]:
-        """Inputs (N, C, H, W) and labels (N,)."""
+        """Inputs (N, C, H, W), and labels (N,) or masks (N, H, W) of their size, int64."""
+        if isinstance(self.labels, MaskPictures) or self.labels.ndim == 3:
+            return self.inputs(spec), to_masks(self.labels, spec)
         return self.inputs(spec), torch.from_numpy(self.labels)
 
 
@@ -108,10 +133,16 @@ def load_images(name_or_path: str, split: str) -> ImageSet:
     numpy.random.RandomState(0).permutation(1797); the first 50 of each class are the test split
     (500), and of the other 1,297 the last 10 % are select (129) and the rest is train (1,168).
 
+    "scenes" is built in, too: 1,000, 100 and 200 drawn scenes of 64x64 pixels with exact masks of
+    5 classes, see `draw_scenes`.
+
     Any other name is a folder in `data_folder()`, and anything with a path separator is a folder
     itself. A split is SPLIT.npz, or a folder SPLIT with one folder of pictures per class; "select"
     may be called "val". Without it the last 10 % of train are "select", and "train" is the rest:
-    of an .npz in stored order, of pictures in the order of their contents' sha256.
+    of an .npz in stored order, of pictures in the order of their contents' sha256. A folder SPLIT
+    with images/ and masks/ and nothing else holds a class for each pixel: the mask of
+    images/NAME.png is masks/NAME.png, an 8-bit grey or palette PNG of class numbers, 255 where
+    there is none; SPLIT/classes.txt, or the one beside SPLIT, may name the classes, one per line.
 
     A folder with only all.npz, or all/CLASS/*.png, or CLASS/*.png, is divided by the sha256 of each
     image's bytes, 80 % train, 10 % select, 10 % test, whatever the order and the names of files;
@@ -120,23 +151,26 @@ def load_images(name_or_path: str, split: str) -> ImageSet:
     The path of an .npz file, or of class folders whose folder is called as a split, is one split
     and opens as "test" only.
 
+    Behind all of these, class names in brackets take these classes only, numbered in the order
+    given: "cifar10[ship,dog]". Splits are divided first. Not for masks.
+
     Args:
-        name_or_path: "digits", a name in the data folder, or a path.
+        name_or_path: "digits", "scenes", a name in the data folder, or a path.
         split: "train", "select" or "test"; the three never overlap. "all" of what is not divided.
 
     Raises:
         DataError: the split is unknown, or what holds it is missing, damaged or in another layout.
     """
     check_split(split)
-    if name_or_path == BUILT_IN:
-        if split == "all":
-            raise DataError(f"got split 'all' of '{BUILT_IN}', expected one of {', '.join(SPLITS)}")
-        images, labels, classes = _digits(split)
-        return _image_set(BUILT_IN, split, (images, labels, classes), None)
+    name_or_path, chosen = split_name(name_or_path)
+    if name_or_path in BUILT_INS:
+        found = _image_set(name_or_path, split, read_built_in(name_or_path, split), None)
+        return _chosen(found, chosen) if chosen else found
     part = locate(name_or_path, split)
     place = place_of(name_or_path)
     name = place.stem if place.suffix == ".npz" else place.name
-    found = _read_npz(name, part) if part.path.suffix == ".npz" else _read_pictures(name, part)
+    found = _read(name, part)
+    found = _chosen(found, chosen) if chosen else found
     if not len(found):
         raise DataError(
             f"got no images for the '{split}' split in {part.path}, expected enough for one; add "
@@ -145,101 +179,21 @@ def load_images(name_or_path: str, split: str) -> ImageSet:
     return found
 
 
-def to_inputs(images: Images | Pictures, spec: InputSpec, *, batch_size: int = 1024) -> Tensor:
-    """Turn stored images into inputs of a network.
-
-    Values are divided by 255; where the size differs from the spec's, images are resized bilinearly
-    (align_corners off, antialiased when one side shrinks); grey images are repeated over the spec's
-    channels; then the spec's normalisation is applied. Pictures are read in grey for a spec of one
-    channel, and may differ in size.
-
-    Args:
-        images: (N, H, W) or (N, H, W, C), uint8; or pictures.
-        spec: an image spec (C, H, W).
-        batch_size: images that are converted at a time; bounds the memory, changes no value.
-
-    Returns:
-        (N, C, H, W), float32, on the CPU, in the normalised space of `spec`.
-
-    Raises:
-        DataError: the array is no uint8 image array, its channels do not fit the spec, or a picture
-            cannot be decoded.
-        ShapeError: the spec does not describe images.
-    """
-    if spec.kind != "image" or len(spec.shape) != 3:
-        raise ShapeError(
-            f"got an input spec of kind '{spec.kind}' and shape {spec.shape}, expected images "
-            "(C, H, W); make it with InputSpec.image"
-        )
-    inputs = torch.empty(len(images), *spec.shape)
-    start = 0
-    for part in _batches(images, spec, batch_size):
-        inputs[start : start + len(part)] = _converted(part, spec)
-        start += len(part)
-    return inputs
-
-
-def _batches(images: Images | Pictures, spec: InputSpec, batch_size: int) -> Iterator[Images]:
-    if isinstance(images, Pictures):
-        yield from images.read(grey=spec.shape[0] == 1)
-        return
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise DataError(
-            f"got images of dtype {images.dtype} and shape {images.shape}, expected uint8 "
-            "(N, H, W) or (N, H, W, C); scale values to 0..255 and put channels last"
-        )
-    for start in range(0, len(images), batch_size):
-        yield images[start : start + batch_size]
-
-
-def _converted(images: Images, spec: InputSpec) -> Tensor:
-    found, (channels, height, width) = 1 if images.ndim == 3 else images.shape[3], spec.shape
-    if found not in (1, channels):
-        raise DataError(
-            f"got images with {found} channels, expected {channels} as in the input spec; "
-            f"convert the images or use a spec of {found} channels"
-        )
-    rows = torch.from_numpy(np.ascontiguousarray(images))
-    rows = rows.unsqueeze(1) if images.ndim == 3 else rows.permute(0, 3, 1, 2)
-    part = rows.float() / 255
-    if part.shape[2:] != (height, width):
-        shrinks = part.shape[2] > height or part.shape[3] > width
-        part = functional.interpolate(
-            part, (height, width), mode="bilinear", align_corners=False, antialias=shrinks
-        )
-    return spec.normalize(part.expand(-1, channels, -1, -1))
-
-
-def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel, to choose the normalisation of an input spec.
-
-    Args:
-        images: (N, C, H, W) in [0, 1], for example `to_inputs` with a spec without normalisation.
-
-    Returns:
-        Mean and population standard deviation over N, H and W; C values each.
-    """
-    columns = images.double().transpose(0, 1).flatten(1)
-    mean, std = columns.mean(1), columns.std(1, correction=0)
-    return tuple(mean.tolist()), tuple(std.tolist())
-
-
 def list_images() -> list[tuple[str, str, Mapping[str, Size]]]:
     """What `load_images` can find: name, where, and per split its size, "missing" or "damaged".
 
-    Lists the built-in set, every set in `data_folder()`, and the sets that shipped recipes ask for
+    Lists the built-in sets, every set in `data_folder()`, and the sets that shipped recipes ask for
     even where they are missing. A set that is stored in one piece has the one size "all". Reads
     headers and names of files only.
     """
-    built_in = {split: len(_digits(split)[0]) for split in SPLITS}
     found: list[tuple[str, str, Mapping[str, Size]]] = [
-        (BUILT_IN, "built in (scikit-learn)", built_in)
+        (name, known.where, dict(known.sizes)) for name, known in BUILT_INS.items()
     ]
     root = data_folder()
     names = set(COMMON_SETS)
     if root.is_dir():
         names |= {folder.name for folder in root.iterdir() if folder.is_dir()}
-    for name in sorted(names - {BUILT_IN}):
+    for name in sorted(names - BUILT_INS.keys()):
         try:
             held = sizes(root / name)
         except (DataError, OSError):
@@ -249,23 +203,10 @@ def list_images() -> list[tuple[str, str, Mapping[str, Size]]]:
     return found
 
 
-def _digits(split: str) -> Arrays:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    labels = digits.target.astype(np.int64)
-    # RandomState, not default_rng: numpy promises that its stream never changes.
-    order = np.random.RandomState(DIGITS_SEED).permutation(len(labels))
-    rank = np.zeros(len(labels), dtype=np.int64)
-    for label in range(10):
-        members = order[labels[order] == label]
-        rank[members] = np.arange(len(members))
-    is_test = rank[order] < DIGITS_TEST_PER_CLASS
-    rows = order[is_test] if split == "test" else order[~is_test]
-    if split != "test":
-        rows = rows[Part(Path(), "tenth", split).rows(len(rows))]
-    return images[rows], labels[rows], tuple(str(digit) for digit in range(10))
+def _read(name: str, part: Part) -> ImageSet:
+    if part.path.suffix == ".npz":
+        return _read_npz(name, part)
+    return _read_masked(name, part) if holds_masks(part.path) else _read_pictures(name, part)
 
 
 def _read_npz(name: str, part: Part) -> ImageSet:
@@ -282,17 +223,51 @@ def _read_npz(name: str, part: Part) -> ImageSet:
 
 def _read_pictures(name: str, part: Part) -> ImageSet:
     found = read_class_folders(part.path, class_names(part.path))
-    if part.rule == "content":
-        chosen = np.array([part.has(digest) for digest in found.digests], dtype=bool)
-    else:
-        chosen = np.zeros(len(found.digests), dtype=bool)
-        chosen[part.rows(len(chosen))] = True
+    chosen = _rows_of(part, found.digests)
     pictures, labels = found.pictures[chosen], found.labels[chosen]
+    lines = [f"{found.digests[row]} {found.labels[row]}\n" for row in np.flatnonzero(chosen)]
+    whole = _digest_of(lines, found.classes)
+    return ImageSet(name, part.split, pictures, labels, found.classes, part.path, whole)
+
+
+def _read_masked(name: str, part: Part) -> ImageSet:
+    found, classes = read_mask_folders(part.path), listed_names(part.path)
+    chosen = _rows_of(part, found.digests)
+    pairs = zip(found.digests, found.mask_digests, strict=True)
+    lines = [f"{one} {mask}\n" for (one, mask), has in zip(pairs, chosen, strict=True) if has]
+    whole = _digest_of(lines, classes)
+    pictures, masks = found.pictures[chosen], found.masks[chosen]
+    return ImageSet(name, part.split, pictures, masks, classes, part.path, whole)
+
+
+def _rows_of(part: Part, digests: Sequence[str]) -> NDArray[np.bool_]:
+    """Which pictures with these digests belong to the split, (N,)."""
+    if part.rule == "content":
+        return np.array([part.has(digest) for digest in digests], dtype=bool)
+    chosen = np.zeros(len(digests), dtype=bool)
+    chosen[part.rows(len(chosen))] = True
+    return chosen
+
+
+def _digest_of(lines: Sequence[str], classes: Sequence[str]) -> str:
     whole = hashlib.sha256()
-    for row in np.flatnonzero(chosen):
-        whole.update(f"{found.digests[row]} {found.labels[row]}\n".encode())
-    whole.update("\0".join(found.classes).encode())
-    return ImageSet(name, part.split, pictures, labels, found.classes, part.path, whole.hexdigest())
+    for line in lines:
+        whole.update(line.encode())
+    whole.update("\0".join(classes).encode())
+    return whole.hexdigest()
+
+
+def _chosen(found: ImageSet, names: tuple[str, ...]) -> ImageSet:
+    """Only the classes `names` of a set, numbered in this order."""
+    rows, labels = choose(found.name, found.labels, names, found.classes)
+    name = full_name(found.name, names)
+    if isinstance(found.images, Pictures):
+        digest = hashlib.sha256("\0".join((found.fingerprint, *names)).encode()).hexdigest()
+        return replace(
+            found, name=name, images=found.images[rows], labels=labels, classes=names,
+            fingerprint=digest,
+        )  # fmt: skip
+    return _image_set(name, found.split, (found.images[rows], labels, names), found.path)
 
 
 def _image_set(name: str, split: str, arrays: Arrays, path: Path | None) -> ImageSet:

@@ -44,6 +44,26 @@ def disagreement_loss(
     raise RecipeError(f"got disagreement {kind!r}, expected 'l1' or 'kl'; 'l1' is the usual one")
 
 
+def patch_loss(
+    logits: Float[Tensor, "batch 1 rows columns"], *, given: bool
+) -> Float[Tensor, " batch"]:
+    """Binary cross entropy of patch logits, SUMMED over patches (MosaicKD, arXiv 2110.15094).
+
+    The discriminator minimises it with the truth; the generator minimises it for its own images
+    with `given=True`.
+
+    Args:
+        logits: of a patch discriminator, (B, 1, h, w), above 0 for "given", with gradient.
+        given: whether the patches are to count as given images' or as made ones.
+
+    Returns:
+        (B,), at least 0; h * w * log 2 for logits of 0. A sum grows with the image and shrinks with
+        the discriminator's stride, so whoever weights it must say for how many patches.
+    """
+    losses = F.softplus(-logits if given else logits)
+    return losses.flatten(1).sum(1)
+
+
 def log_form(disagreement: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """log(D + 1), DFAD's form of the disagreement for dense prediction.
 

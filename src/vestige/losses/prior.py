@@ -31,6 +31,22 @@ def one_hot_loss(
     return losses.unsqueeze(-1).flatten(1).mean(1)
 
 
+def entropy_loss(logits: Float[Tensor, "batch classes *positions"]) -> Float[Tensor, " batch"]:
+    """Entropy of each prediction: how unsure the teacher is of an input (MosaicKD, 2110.15094).
+
+    Unlike `one_hot_loss` its gradient does not depend on which class is ahead.
+
+    Args:
+        logits: of the teacher, (B, K) or (B, K, H, W), class axis 1, with gradient to the inputs.
+
+    Returns:
+        (B,), in nats, from 0 (one class) to log K (uniform); mean over positions if there are any.
+    """
+    log_probs = F.log_softmax(logits, 1)
+    entropy = -(log_probs.exp() * log_probs).sum(1)
+    return entropy.unsqueeze(-1).flatten(1).mean(1)
+
+
 def class_balance_loss(
     logits: Float[Tensor, "batch classes *positions"], *, base: float = math.e
 ) -> Float[Tensor, ""]:

@@ -39,12 +39,12 @@ from torch import Tensor, nn
 
 from vestige.core import modes, optim, schedules
 from vestige.core.protocols import Context, Sharded, Source, Stateful, Task, Teacher
-from vestige.core.types import Batch, InputSpec, Loss, Requires, Result, Step, predict
+from vestige.core.types import Batch, Loss, Requires, Result, Step, predict
 from vestige.losses.adversarial import disagreement_loss, log_form
 from vestige.losses.prior import class_balance_loss, one_hot_loss
 from vestige.losses.statistics import bn_statistics_loss
 from vestige.methods import _untuned
-from vestige.models.factory import build_generator
+from vestige.methods._fakes import as_inputs, latent, make_generator
 from vestige.models.probes import BatchNormProbe
 from vestige.sources.memory import RingMemory
 from vestige.teachers.white_box import module_of
@@ -116,14 +116,6 @@ class DFADConfig(BaseModel):
     units: Literal["absolute", "relative"] = "absolute"
 
 
-def make_generator(cfg: DFADConfig, spec: InputSpec) -> nn.Module:
-    """The generator that `cfg` names, freshly initialised."""
-    head = {} if cfg.generator == "dcgan" else {"head": cfg.generator_head}
-    return build_generator(
-        cfg.generator, spec, latent_dim=cfg.latent_dim, width=cfg.generator_width, **head
-    )
-
-
 class DFAD:
     """Alternates a student that imitates and a generator that looks for disagreement."""
 
@@ -193,13 +185,9 @@ class DFAD:
                     )
                 if cfg.replay:
                     self.memory.push(fresh)
-                latent = self.latent(cfg.batch_size, ctx)
+                noise = Batch(latent=latent(cfg.batch_size, cfg.latent_dim, ctx))
                 yield ctx.update(
-                    "source",
-                    self.generator,
-                    self.generation,
-                    Batch(latent=latent),
-                    generator_optimizer,
+                    "source", self.generator, self.generation, noise, generator_optimizer
                 )
 
     def imitation(self, student: Any, batch: Batch) -> Loss:
@@ -215,7 +203,7 @@ class DFAD:
     def generation(self, generator: Any, batch: Batch) -> Loss:
         """-D(S, T; G(z)), or -log(D + 1), and the options; minimised over the generator."""
         cfg = self.cfg
-        inputs = self.as_inputs(generator(batch.latent))
+        inputs = as_inputs(generator(batch.latent), cfg, self.spec)
         with self.probe or nullcontext():
             teacher = predict(self.teacher, inputs)
         with modes.evaluating(self.student) if cfg.student_mode == "eval" else nullcontext():
@@ -247,24 +235,13 @@ class DFAD:
         cfg = self.cfg
         wanted = min(cfg.batch_size - 1, max(1, round(cfg.replay * cfg.batch_size)))
         replayed = wanted if cfg.replay and len(self.memory) else 0
-        fresh = self.as_inputs(self.generator(self.latent(cfg.batch_size - replayed, ctx)))
+        noise = latent(cfg.batch_size - replayed, cfg.latent_dim, ctx)
+        fresh = as_inputs(self.generator(noise), cfg, self.spec)
         if not replayed:
             return fresh, Batch(fresh)
         inputs = torch.cat([fresh, self.memory.draw(replayed, ctx.rng)])
         is_new = torch.arange(len(inputs), device=inputs.device) < len(fresh)
         return fresh, Batch(inputs, extra={"fresh": is_new})
-
-    def as_inputs(self, made: Tensor) -> Tensor:
-        """The generator's output in the teacher's normalised space; differentiable."""
-        # Generator A ends in an affine-free BatchNorm and is there already. Generator B gives
-        # [-1, 1], which is so for mean and std 0.5 (the paper's), not for other statistics.
-        if self.cfg.generator == "dcgan":
-            return self.spec.normalize((made + 1) / 2)
-        return self.spec.normalize(made) if self.cfg.generator_head == "sigmoid" else made
-
-    def latent(self, count: int, ctx: Context) -> Tensor:
-        """Noise (count, Z), standard normal."""
-        return torch.randn(count, self.cfg.latent_dim, generator=ctx.rng, device=ctx.device)
 
     def variant(self) -> str:
         """The options that are on, in words; "" is DFAD as published."""

@@ -18,6 +18,7 @@ from vestige.models.generators import (
     PyramidGenerator,
     UpsampleGenerator,
 )
+from vestige.models.segmentation import EncoderDecoder, deeplabv3_mobilenetv2, deeplabv3_resnet50
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,15 @@ _MODELS = {
         {"depth": 16, "widen_factor": 1},
     ),
     "vgg11": _Entry(vgg11, "VGG-11 with BatchNorm, 16x16 or larger, 9.2M parameters", min_side=16),
+    "encoder-decoder": _Entry(
+        EncoderDecoder, "segmentation: small U-shaped network with BatchNorm, 84k parameters"
+    ),
+    "deeplabv3-resnet50": _Entry(
+        deeplabv3_resnet50, "segmentation: DeepLabV3 on dilated ResNet-50, 39.6M parameters"
+    ),
+    "deeplabv3-mobilenetv2": _Entry(
+        deeplabv3_mobilenetv2, "segmentation: DeepLabV3 on dilated MobileNetV2, 5.1M parameters"
+    ),
 }
 _GENERATORS = {
     "upsample": _Entry(UpsampleGenerator, "two upsamplings, sides divisible by 4"),
@@ -54,7 +64,7 @@ _FROM_SPEC = ("channels", "size", "num_classes", "latent_dim")
 
 
 def build_model(name: str, spec: InputSpec, num_classes: int, **args: Any) -> nn.Module:
-    """A freshly initialised classifier; draws its weights from torch's global random state.
+    """A freshly initialised network; draws its weights from torch's global random state.
 
     Args:
         name: one of `list_models`, or "wrn-D-K" for any wide ResNet.
@@ -63,7 +73,8 @@ def build_model(name: str, spec: InputSpec, num_classes: int, **args: Any) -> nn
         **args: see `model_arguments`; checked, none is ignored.
 
     Returns:
-        A module from inputs (B, C, H, W) to logits (B, K), in training mode.
+        A module from inputs (B, C, H, W) to logits in training mode: (B, K), or (B, K, H, W) where
+        the description says segmentation.
 
     Raises:
         RecipeError: unknown name or arguments, all of them listed with the nearest valid key.
@@ -97,7 +108,7 @@ def build_generator(
 
 
 def list_models() -> list[tuple[str, str]]:
-    """Names of the classifiers, each with one line that describes it."""
+    """Names of the classifiers and segmentation networks, each with one line on it."""
     return [(name, entry.description) for name, entry in _MODELS.items()]
 
 
@@ -107,7 +118,7 @@ def list_generators() -> list[tuple[str, str]]:
 
 
 def model_arguments(name: str) -> tuple[str, ...]:
-    """Keys that `build_model` takes for this classifier besides spec and number of classes.
+    """Keys that `build_model` takes for this network besides spec and number of classes.
 
     Raises:
         RecipeError: unknown name.

@@ -17,7 +17,7 @@ from vestige.training.tracking import Callback
 
 _OF_THE_HEADLINE = (
     *("student.safetensors", "student.json", "samples.png", "samples-over-time.png"),
-    *("evaluation.json", "metrics.jsonl", "selection.json", "selection.png"),
+    *("evaluation.json", "answers.png", "metrics.jsonl", "selection.json", "selection.png"),
 )
 CallbackFor = Callable[[str], Sequence[Callback]]
 

@@ -8,22 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from vestige.core import seeding
-from vestige.core.protocols import JudgesInDetail, Plugin, Source, Task, Teacher
+from vestige.core.protocols import JudgesInDetail, Plugin, ShowsAnswers, Source, Task, Teacher
 from vestige.core.types import Requires, count_parameters
 from vestige.errors import NoBatchNormError, RecipeError
-from vestige.recipes.catalog import DATA, METHODS, PLUGINS, TASKS
-from vestige.recipes.checks import explain
+from vestige.recipes.catalog import DATA, METHODS, PLUGINS
 from vestige.recipes.examples import fit_classes
 from vestige.recipes.leaks import hashes_of_set, leaks
+from vestige.recipes.mistakes import explain
 from vestige.recipes.requirements import check_requirements, no_batchnorm
 from vestige.recipes.resolve import resolve_teachers, shown
 from vestige.recipes.schema import Recipe
 from vestige.recipes.settle import settled
 from vestige.recipes.sources import Ledger, build_source, record_of
 from vestige.recipes.student import build_student, input_card, network_card
+from vestige.recipes.tasks import make_task, task_card
 from vestige.recipes.unlabelled import few_rows
 from vestige.teachers.loading import fingerprint
 from vestige.teachers.white_box import WhiteBoxTeacher
@@ -41,7 +42,10 @@ _CHANGEABLE = {"trainer", "query_budget", "arms", "shared", "config"}
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is ready to start; `details` is asked about its result for `evaluation.json`."""
+    """A run that is ready to start.
+
+    Its result is shown to `details` for `evaluation.json`, and to `answers` for `answers.png`.
+    """
 
     trainer: Trainer
     task: Task
@@ -49,6 +53,7 @@ class Job:
     classes: tuple[str, ...]
     student: nn.Module | None
     details: Callable[[nn.Module], Mapping[str, Any]] | None = None
+    answers: Callable[[nn.Module], Mapping[str, Tensor]] | None = None
 
 
 def build(
@@ -78,7 +83,8 @@ def build(
     first = loaded[0]
     spec = first.spec
     teachers = [shown(one.module.to(device), recipe) for one in loaded]
-    task = TASKS.get(recipe.task)(spec, recipe.num_classes or first.num_classes)
+    task_config = {**first.task_config, **recipe.task_config}
+    task = make_task(recipe.task, spec, recipe.num_classes or first.num_classes, task_config)
     student = None
     if recipe.student is not None:
         student = build_student(recipe.student, spec, task.num_classes, recipe.seed).to(device)
@@ -87,7 +93,7 @@ def build(
         name: build_source(name, config, spec, recipe.seed, device, ledger)
         for name, config in recipe.sources.items()
     }
-    evaluate, teacher_score, details = None, None, None
+    evaluate, teacher_score, details, answers = None, None, None, None
     leaked: list[Finding] = []
     classes = first.classes
     if recipe.data is not None:
@@ -100,7 +106,9 @@ def build(
         for name, told in overlaps.items():
             ledger.about[name] = {**ledger.about.get(name, {}), **told}
         evaluate = _evaluation(task, examples)
-        details = in_detail(task, first.module if len(loaded) == 1 else None, examples)
+        alone = first.module if len(loaded) == 1 else None
+        details = in_detail(task, alone, examples)
+        answers = in_pictures(task, alone, examples)
         # Not through the teacher object, which counts what the method asks of it.
         teacher_score = evaluate(first.module)[task.metric]
     recipe = settled(recipe, task, teachers, student)
@@ -155,12 +163,13 @@ def build(
             "input": input_card(spec),
             "num_classes": task.num_classes,
             "classes": list(classes),
+            **task_card(recipe.task, task_config),
         },
         command=command,
         variant=variant_of(method),
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    return Job(trainer, task, facts, classes, student, details)
+    return Job(trainer, task, facts, classes, student, details, answers)
 
 
 def build_plugins(
@@ -239,3 +248,13 @@ def in_detail(
         return None
     judge = task
     return lambda student: judge.details(student, teacher, examples)
+
+
+def in_pictures(
+    task: Task, teacher: nn.Module | None, examples: Any
+) -> Callable[[nn.Module], Mapping[str, Tensor]] | None:
+    """What asks `task` to draw the answers of a student beside `teacher`; None if it cannot."""
+    if not isinstance(task, ShowsAnswers):
+        return None
+    drawing = task
+    return lambda student: drawing.answers(student, teacher, examples)

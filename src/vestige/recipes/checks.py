@@ -1,18 +1,21 @@
 """What is wrong with a recipe, found without building anything; each problem is one line."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from os import PathLike
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from vestige.core.types import Access
 from vestige.errors import RecipeError
 from vestige.models.factory import list_generators, model_arguments
 from vestige.recipes.catalog import METHODS, PLUGINS, TASKS
 from vestige.recipes.files import DEEPEST, MOST_VALUES, near, short
+from vestige.recipes.mistakes import explain as explain
+from vestige.recipes.mistakes import mistakes_in
 from vestige.recipes.schema import Recipe
 from vestige.recipes.source_checks import source_problems
+from vestige.recipes.student import SMP
 from vestige.recipes.teacher_schema import load_teacher_recipe
 from vestige.teachers.loading import KEYS as TEACHER_KEYS
 from vestige.teachers.loading import KINDS as TEACHER_KINDS
@@ -50,23 +53,6 @@ def form_problems(value: Any) -> Iterator[str]:
     yield f"got more than {MOST_VALUES} values; repeat less"
 
 
-def explain(error: ValidationError, model: type[BaseModel], where: str) -> Iterator[str]:
-    """One line per mistake that pydantic found, with the nearest valid key."""
-    for problem in error.errors():
-        yield _line(problem, model, where)
-
-
-def _line(problem: Any, model: type[BaseModel], where: str) -> str:
-    path = ".".join([*([where] if where else []), *map(str, problem["loc"])])
-    if problem["type"] == "extra_forbidden":
-        owner = _model_at(model, problem["loc"][:-1])
-        valid = list(owner.model_fields) if owner else []
-        return f"{path}: no such key{near(str(problem['loc'][-1]), valid)}"
-    if problem["type"] == "missing":
-        return f"{path}: is missing"
-    return f"{path}: got {short(problem['input'])}; {problem['msg']}"
-
-
 def config_problems(raw: Mapping[str, Any]) -> Iterator[str]:
     """Mistakes in settings that belong to methods and plug-ins, as far as they can be found.
 
@@ -90,7 +76,7 @@ def config_problems(raw: Mapping[str, Any]) -> Iterator[str]:
         if not isinstance(method, str):
             continue
         try:
-            found = _try(METHODS.get(method).Config, layers)
+            found = mistakes_in(METHODS.get(method).Config, layers)
         except RecipeError as error:
             inherited_method = where and method == raw.get("method")
             found = [] if inherited_method else [f"{where}method: {error}"]
@@ -115,7 +101,9 @@ def _plugin_problems(where: str, listed: Any) -> Iterator[str]:
         except RecipeError as error:
             yield f"{where}.{index}.name: {error}"
             continue
-        yield from _try(settings, [(f"{where}.{index}.config", _mapping(plugin.get("config")))])
+        yield from mistakes_in(
+            settings, [(f"{where}.{index}.config", _mapping(plugin.get("config")))]
+        )
 
 
 def network_problems(raw: Mapping[str, Any]) -> Iterator[str]:
@@ -162,15 +150,16 @@ def _teacher_problems(where: str, teacher: Any) -> Iterator[str]:
         elif scheme != "builtin" or name not in builtin_teachers():
             known = [f"builtin:{known}" for known in builtin_teachers()]
             yield (
-                f"{where}: got {short(teacher)}, expected 'recipe:NAME', 'timm:NAME', 'hf:NAME', a "
-                f"student.json, a mapping or one of "
+                f"{where}: got {short(teacher)}, expected 'recipe:NAME', 'timm:NAME', 'smp:NAME', "
+                f"'hf:NAME', a student.json, a mapping or one of "
                 f"{', '.join(known)}{near(teacher, known, listed=False)}"
             )
 
 
 def _model_problems(where: str, key: str, network: Mapping[str, Any]) -> Iterator[str]:
     name = network.get(key)
-    if not isinstance(name, str):
+    # What another package calls its networks it checks itself.
+    if not isinstance(name, str) or (key == "name" and name.startswith(SMP)):
         return
     try:
         valid = model_arguments(name)
@@ -233,53 +222,5 @@ def requirement_problems(recipe: Recipe) -> Iterator[str]:
         yield "query_budget: counts for a black box only; set access: scores or labels"
 
 
-def _try(settings: type[BaseModel], layers: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """Mistakes in the merged layers, each under the name of the layer that it came from."""
-    values = {key: value for _, layer in layers for key, value in layer.items()}
-    try:
-        settings.model_validate(values)
-    except ValidationError as error:
-        return [
-            _line(
-                problem,
-                settings,
-                next(
-                    (where for where, layer in reversed(layers) if problem["loc"][0] in layer),
-                    layers[-1][0],
-                )
-                if problem["loc"]
-                else layers[-1][0],
-            )
-            for problem in error.errors()
-        ]
-    return []
-
-
-def listed(problems: Sequence[str]) -> str:
-    """One message about all problems."""
-    head = f"{len(problems)} mistakes" if len(problems) > 1 else "one mistake"
-    return "\n".join([f"the recipe has {head}:", *(f"  - {problem}" for problem in problems)])
-
-
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
-
-
-def _model_at(model: type[BaseModel], path: Sequence[Any]) -> type[BaseModel] | None:
-    """The model that a path of keys leads to, through optional, list and mapping types."""
-    found: type[BaseModel] | None = model
-    for key in path:
-        if found is None:
-            return None
-        if key in found.model_fields:
-            found = _first_model(found.model_fields[str(key)].annotation)
-    return found
-
-
-def _first_model(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in get_args(annotation):
-        if (found := _first_model(inner)) is not None:
-            return found
-    return None

@@ -12,10 +12,10 @@ from vestige.errors import RecipeError, VestigeError
 from vestige.models.probes import batchnorm_layers
 from vestige.recipes.build import build
 from vestige.recipes.catalog import METHODS, shipped
-from vestige.recipes.checks import listed
 from vestige.recipes.extras import lacking
 from vestige.recipes.files import merge, parse_override, read_yaml
 from vestige.recipes.loading import find_problems, layered
+from vestige.recipes.mistakes import listed
 from vestige.recipes.requirements import bn_weight, no_batchnorm
 from vestige.recipes.resolve import resolve_teachers
 from vestige.recipes.schema import Recipe

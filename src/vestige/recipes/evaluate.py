@@ -13,15 +13,15 @@ from torch import nn
 from vestige.core.protocols import JudgesInDetail
 from vestige.core.types import count_parameters
 from vestige.errors import DataError, RecipeError, TeacherError
-from vestige.recipes.catalog import TASKS
 from vestige.recipes.examples import fit_classes, open_for_judging
 from vestige.recipes.files import read_yaml
 from vestige.recipes.loading import validate
 from vestige.recipes.resolve import resolve_teachers
 from vestige.recipes.schema import Recipe
+from vestige.recipes.tasks import CLASSIFICATION, make_task
 from vestige.recipes.teacher import teacher_from_recipe
 from vestige.teachers.ensemble import CombinedNetwork
-from vestige.teachers.loading import fingerprint, open_teacher
+from vestige.teachers.loading import fingerprint, of_card, open_teacher
 from vestige.teachers.opened import OpenedTeacher
 from vestige.training import runtime
 
@@ -63,7 +63,6 @@ class Judged:
 class _Target:
     opened: OpenedTeacher
     recipe: Recipe | None = None
-    task: str = "classification"
 
 
 def evaluate(
@@ -101,7 +100,9 @@ def evaluate(
     if named is None:
         raise RecipeError(f"--data: {target} names no set to judge on; name one")
     where = runtime.device(device)
-    task = TASKS.get(found.task)(opened.spec, opened.num_classes)
+    # A card says nothing of the task that most networks are made for.
+    kind = opened.task or (found.recipe.task if found.recipe else CLASSIFICATION)
+    task = make_task(kind, opened.spec, opened.num_classes, opened.task_config)
     # What the recipe names is judged as it was in the run.
     wanted = split if data or split else "test"
     examples = open_for_judging(named, wanted, opened.spec)
@@ -164,7 +165,7 @@ def _mapped(text: str) -> OpenedTeacher:
 
 def _trained(name: str) -> OpenedTeacher:
     module, card = teacher_from_recipe(name)
-    return OpenedTeacher(module, card.input.spec(), card.num_classes, card.classes)
+    return of_card(card, module)
 
 
 def _run(folder: Path) -> _Target:
@@ -182,7 +183,7 @@ def _run(folder: Path) -> _Target:
         # A run from Python leaves its settings only; its teacher is not known by name.
         logger.info("%s holds no recipe that names a teacher: %s", folder, error)
         return _Target(opened)
-    return _Target(opened, recipe, recipe.task)
+    return _Target(opened, recipe)
 
 
 def _teacher_of(

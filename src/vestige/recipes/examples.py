@@ -21,8 +21,10 @@ def load_examples(
     """Labelled examples for `distill(evaluate=...)`, from a set, a file or a folder of pictures.
 
     Args:
-        name_or_path: "digits"; a set in the data folder; or the path of a folder with splits, of an
-            .npz file with `x` and `y`, or of a folder with one folder of pictures per class.
+        name_or_path: "digits" or "scenes"; a set in the data folder; or the path of a folder with
+            splits, of an .npz file with `x` and `y`, of a folder with one folder of pictures per
+            class, or of one with pictures in images/ and masks in masks/. Class names in brackets
+            behind it take these classes only.
         spec: what one input of the network looks like. Images are read in grey or colour, resized
             and normalised accordingly.
         split: "train", "select" or "test"; "all" takes a file, or a folder without splits, whole.
@@ -31,7 +33,8 @@ def load_examples(
             pictures is alphabetical.
 
     Returns:
-        Inputs (N, ...) float32 in the normalised space of `spec`, and labels (N,) int64.
+        Inputs (N, ...) float32 in the normalised space of `spec`, and labels (N,) int64, or masks
+        (N, H, W) of them where the data has a class for each pixel.
 
     Raises:
         DataError: there is no such data, it cannot be read, or its classes are not `classes`.
@@ -62,7 +65,7 @@ def open_for_judging(name_or_path: str, split: str | None, spec: InputSpec) -> D
 def fit_classes(
     data: DataSet, spec: InputSpec, classes: Sequence[str], num_classes: int
 ) -> tuple[Any, tuple[str, ...]]:
-    """Examples whose labels are numbered as the network numbers its classes, and their names.
+    """Examples whose labels, of inputs or of their pixels, are the network's, and its names.
 
     Names decide where the network and the data have the same ones in another order, or where the
     data has some of them only; else the numbers must be the same. Data without names counts as the
@@ -87,6 +90,8 @@ def fit_classes(
             numbers = torch.tensor([known.index(name) for name in own])
             if isinstance(labels, Tensor) and labels.dim() == 1:
                 return (inputs, numbers[labels.long()]), known
+            if isinstance(labels, Tensor):
+                return (inputs, _renumbered(data.name, labels, numbers, num_classes)), known
     if len(own) != num_classes:
         raise DataError(
             f"got {len(own)} classes in {data.name} ({_some(own)}), expected the {num_classes} of "
@@ -114,6 +119,23 @@ def fit_classes(
             *(data.name, _some(own)),
         )
     return data.examples(spec), known or own
+
+
+def _renumbered(name: str, masks: Tensor, numbers: Tensor, num_classes: int) -> Tensor:
+    """Masks whose classes are `numbers` of the network's; what is none of them stays as it is.
+
+    Raises:
+        DataError: a value that the data has no name for is a class of the network.
+    """
+    named = (masks >= 0) & (masks < len(numbers))
+    clash = ~named & (masks >= 0) & (masks < num_classes)
+    if bool(clash.any()):
+        raise DataError(
+            f"got masks with the values {_some([*map(str, masks[clash].unique().tolist())])} in "
+            f"{name}, which names {len(numbers)} classes, expected pixels without a class to have "
+            f"a value of at least {num_classes}, the network's number of classes; mark them as 255"
+        )
+    return numbers[torch.where(named, masks, 0)].where(named, masks)
 
 
 def _count_otherwise(names: Sequence[str]) -> bool:

@@ -9,14 +9,14 @@ from pydantic import ValidationError
 from vestige.errors import RecipeError
 from vestige.recipes.checks import (
     config_problems,
-    explain,
     form_problems,
-    listed,
     network_problems,
     requirement_problems,
 )
 from vestige.recipes.files import merge, near, parse_override, read_yaml
+from vestige.recipes.mistakes import explain, listed
 from vestige.recipes.schema import Recipe
+from vestige.recipes.tasks import task_problems
 
 
 def load_recipe(
@@ -109,6 +109,7 @@ def find_problems(raw: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
     except ValidationError as error:
         problems.extend(explain(error, Recipe, ""))
     problems.extend(config_problems(raw))
+    problems.extend(task_problems(raw))
     problems.extend(network_problems(raw))
     if recipe is not None:
         problems.extend(requirement_problems(recipe))

@@ -16,6 +16,7 @@ from vestige.recipes.catalog import DATA, METHODS, PLUGINS
 from vestige.recipes.extras import lacking
 from vestige.recipes.files import short
 from vestige.recipes.schema import Recipe
+from vestige.recipes.student import SMP
 from vestige.recipes.teacher import trained_already
 from vestige.recipes.teacher_schema import load_teacher_recipe
 from vestige.sources.pool_files import read_card
@@ -46,6 +47,8 @@ def absent(recipe: Recipe) -> list[str]:
 def _networks(recipe: Recipe) -> Iterator[str]:
     if recipe.student is not None and recipe.student.factory is not None:
         yield from _callable("student.factory", recipe.student.factory)
+    if recipe.student is not None and (recipe.student.name or "").startswith(SMP):
+        yield from lacking(str(recipe.student.name), ("vision",))
     for index, teacher in enumerate((recipe.teacher, *recipe.more_teachers)):
         where = "teacher" if index == 0 else f"more_teachers.{index - 1}"
         if isinstance(teacher, str):

@@ -1,7 +1,7 @@
 """The teachers that a recipe names, as far as it shows them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -30,6 +30,7 @@ class LoadedTeacher:
     num_classes: int
     classes: tuple[str, ...] = ()
     trained_on: str = ""
+    task_config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def resolve_teachers(recipe: Recipe) -> list[LoadedTeacher]:
@@ -52,7 +53,7 @@ def resolve_teacher(teacher: str | Mapping[str, Any], recipe: Recipe) -> LoadedT
     given = None if recipe.input is None else recipe.input.spec()
     alone = not recipe.more_teachers
     if isinstance(teacher, str) and teacher.startswith(("builtin:", "recipe:")):
-        loaded = _known(open_teacher(teacher, openers=_OPENERS))
+        loaded = _known(open_teacher(teacher, openers=_OPENERS), recipe)
         if given is not None and given != loaded.spec:
             raise RecipeError(
                 f"input: got {given}, expected {loaded.spec} as {teacher} was trained; leave "
@@ -72,14 +73,25 @@ def resolve_teacher(teacher: str | Mapping[str, Any], recipe: Recipe) -> LoadedT
         count = recipe.num_classes
     if silent and (count is None or (given is None and own.get("input") is None)):
         raise RecipeError(_UNKNOWN)
-    return _known(open_teacher(teacher, input_spec=given, num_classes=count, openers=_OPENERS))
+    opened = open_teacher(teacher, input_spec=given, num_classes=count, openers=_OPENERS)
+    return _known(opened, recipe)
 
 
-def _known(opened: OpenedTeacher) -> LoadedTeacher:
+def _known(opened: OpenedTeacher, recipe: Recipe) -> LoadedTeacher:
     if opened.spec is None or opened.num_classes is None:
         raise RecipeError(_UNKNOWN)
+    if opened.task not in ("", recipe.task):
+        raise RecipeError(
+            f"task: got {recipe.task!r}, expected {opened.task!r}, which the teacher was trained "
+            f"for; set task: {opened.task}"
+        )
     return LoadedTeacher(
-        opened.module, opened.spec, opened.num_classes, opened.classes, opened.trained_on
+        opened.module,
+        opened.spec,
+        opened.num_classes,
+        opened.classes,
+        opened.trained_on,
+        opened.task_config,
     )
 
 

@@ -29,6 +29,7 @@ from vestige.training.selection import brief, selection_facts, write_selection
 from vestige.training.summary import (
     RunFacts,
     summarize,
+    write_answers,
     write_details,
     write_samples,
     write_samples_over_time,
@@ -185,6 +186,8 @@ def finish(job: Job, outcome: Outcome, out: Path | None) -> dict[str, Any]:
         write_student(out, trained, job.facts.student_card)
         if job.details is not None:
             write_details(out, job.details(trained), outcome, job.task, job.classes)
+        if job.answers is not None:
+            write_answers(out, job.answers(trained))
     shown = write_samples(out, outcome, job.task, job.classes)
     if pool is not None:
         write_pool(out, pool, summary["pool"], job.facts, job.classes)

@@ -6,7 +6,14 @@ from hashlib import sha256
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from vestige.core.types import Access, InputSpec
 from vestige.errors import ShapeError
@@ -56,7 +63,14 @@ class InputConfig(_Strict):
 
 
 class ModelConfig(_Strict):
-    """A network: a name of `vestige list models`, or a factory of the user's own."""
+    """A network: a name of `vestige list models`, or a factory of the user's own.
+
+    Attributes:
+        name: of `vestige list models`; or "smp:ARCHITECTURE/ENCODER", a network of
+            segmentation-models-pytorch.
+        factory: "package.module:callable", called with `args`.
+        args: of either.
+    """
 
     name: str | None = None
     factory: str | None = None
@@ -160,6 +174,8 @@ class Recipe(_Strict):
     Attributes:
         method: name of `vestige list methods`.
         task: kind of task.
+        task_config: settings of the task, such as ignore_index of "segmentation"; what is not given
+            is as the teacher's card says, else the task's own default.
         data: name or folder of the set whose test split judges; None judges nothing.
         input: of the teacher; None takes what a built-in or trained teacher's card says.
         num_classes: K; None takes what the teacher's card says.
@@ -185,6 +201,7 @@ class Recipe(_Strict):
 
     method: str
     task: str = "classification"
+    task_config: dict[str, Any] = {}
     data: str | None = None
     input: InputConfig | None = None
     num_classes: int | None = Field(None, ge=2)
@@ -204,6 +221,14 @@ class Recipe(_Strict):
     headline: str | None = None
     baseline: str | None = None
     reference: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_later_keys(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = plain(self)
+        # It came later: where it says nothing, records and digests are as they were.
+        if not values.get("task_config"):
+            values.pop("task_config", None)
+        return values
 
     def method_config(self, suggested: Mapping[str, Any] | None = None) -> Any:
         """The method's own settings, validated; `suggested` is the lowest layer."""

@@ -10,11 +10,16 @@ from vestige.errors import RecipeError
 from vestige.models.factory import build_model
 from vestige.recipes.factories import call
 from vestige.recipes.schema import ModelConfig
+from vestige.teachers.smp import fresh_smp
+
+SMP = "smp:"
 
 
 def build_student(config: ModelConfig, spec: InputSpec, num_classes: int, seed: int) -> nn.Module:
     """A fresh student; the same seed gives the same weights in every arm."""
     with seeding.seeded(seed, "student"):
+        if config.name is not None and config.name.startswith(SMP):
+            return fresh_smp(config.name.removeprefix(SMP), spec, num_classes, config.args)
         if config.name is not None:
             return build_model(config.name, spec, num_classes, **config.args)
         made = call("student.factory", str(config.factory), config.args)
@@ -30,7 +35,12 @@ def network_card(config: ModelConfig | None) -> dict[str, Any]:
     """What `load_teacher` reads again, so that a student can teach."""
     if config is None:
         return {}
-    kind = {"factory": config.factory} if config.name is None else {"model": config.name}
+    if config.name is None:
+        kind = {"factory": config.factory}
+    elif config.name.startswith(SMP):
+        kind = {"smp": config.name.removeprefix(SMP)}
+    else:
+        kind = {"model": config.name}
     return {**kind, "args": config.args}
 
 

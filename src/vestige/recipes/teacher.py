@@ -20,11 +20,11 @@ from vestige.data.image import load_images
 from vestige.errors import CheckpointError, Interrupted, RecipeError, TeacherError
 from vestige.models.factory import build_model
 from vestige.recipes.examples import fit_classes
+from vestige.recipes.tasks import make_task
 from vestige.recipes.teacher_schema import TeacherRecipe, load_teacher_recipe
-from vestige.tasks.classification import Classification
+from vestige.teachers.cards import BuiltinCard
 from vestige.teachers.loading import (
     WEIGHTS_FOLDER,
-    BuiltinCard,
     builtin_teachers,
     fingerprint,
     load_from_card,
@@ -97,9 +97,7 @@ def _train(
     splits = ("train", "select") if recipe.with_select else ("train",)
     parts = [load_images(recipe.data, split) for split in splits]
     train, test = parts[0], load_images(recipe.data, "test")
-    # Without names only the labels tell, and they need not show every class.
-    named = len(train.classes)
-    least = named or int(train.labels.max()) + 1
+    named, least = len(train.classes), train.least_classes()
     if recipe.num_classes < least or recipe.num_classes > named > 0:
         raise RecipeError(
             f"got num_classes={recipe.num_classes} in teacher recipe '{recipe.name}', expected "
@@ -110,14 +108,21 @@ def _train(
         module = build_model(recipe.model.name, spec, recipe.num_classes, **recipe.model.args)
     module.to(device)
     pace = _Pace(recipe.training.epochs, minutes, on_epoch, kept=store is not None)
+    task = make_task(recipe.task, spec, recipe.num_classes, recipe.task_config)
     fitted = partial(fit_classes, spec=spec, classes=train.classes, num_classes=recipe.num_classes)
-    inputs, labels = zip(*(fitted(part)[0] for part in parts), strict=True)
+    examples = [fitted(part)[0] for part in parts]
+    # Before an hour of training, not after it; tasks of other distributions need not offer it.
+    look = getattr(task, "check_examples", lambda found: found)
+    for found in examples:
+        look(found)
+    inputs, labels = zip(*examples, strict=True)
     with interruptible(pace.interrupted, lambda: False), runtime.threads(recipe.threads):
         done = train_classifier(
             module,
             torch.cat(inputs).to(device),
             torch.cat(labels).to(device),
             **recipe.training.model_dump(),
+            ignore_index=getattr(task, "ignore_index", -100),
             seed=recipe.seed,
             on_epoch=pace,
             store=store,
@@ -128,7 +133,7 @@ def _train(
         # Scored where it is used and compared: other devices round differently.
         module.cpu()
         judged, classes = fitted(test)
-        scores = Classification(spec, recipe.num_classes).evaluate(module, judged)
+        score = round(task.evaluate(module, judged)[task.metric], KEEP_DIGITS)
     fingerprints = [part.fingerprint for part in parts]
     joined = fingerprints[0] if len(parts) == 1 else sha256("".join(fingerprints).encode())
     card = BuiltinCard(
@@ -144,8 +149,12 @@ def _train(
         recipe_sha256=recipe.sha256(),
         weights_fingerprint=fingerprint(module),
         parameters=count_parameters(module),
-        accuracy=round(scores["accuracy"], KEEP_DIGITS),
         torch=torch.__version__,
+        task=recipe.task,
+        task_config=recipe.task_config,
+        accuracy=score if task.metric == "accuracy" else None,
+        metric=None if task.metric == "accuracy" else task.metric,
+        score=None if task.metric == "accuracy" else score,
     )
     return module, card
 
@@ -270,8 +279,7 @@ def _cached(recipe: TeacherRecipe) -> Path:
 
 def _save(module: nn.Module, card: BuiltinCard, weights: Path) -> None:
     write_bytes(weights, tensors_to_bytes(module.state_dict()))
-    text = json.dumps(card.model_dump(mode="json"), indent=2, sort_keys=True)
-    write_text(weights.with_suffix(".json"), text + "\n")
+    write_text(weights.with_suffix(".json"), card.text())
 
 
 def cache_folder() -> Path:

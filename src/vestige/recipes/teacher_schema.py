@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -9,7 +10,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vestige.errors import RecipeError
-from vestige.teachers.loading import ImageInput
+from vestige.recipes.catalog import TASKS
+from vestige.recipes.files import near
+from vestige.recipes.tasks import CLASSIFICATION, task_problems
+from vestige.teachers.cards import ImageInput
 from vestige.training.files import sha256
 
 RECIPES_FOLDER = Path(__file__).parent / "teachers"
@@ -22,6 +26,7 @@ _LATER_KEYS = (
     "nesterov",
     "precision",
     "channels_last",
+    "focal_gamma",
 )
 
 
@@ -51,6 +56,7 @@ class TrainingConfig(_Part):
     nesterov: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = False
+    focal_gamma: float = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
@@ -58,6 +64,8 @@ class TrainingConfig(_Part):
             raise ValueError("momentum and nesterov belong to optimizer: sgd; leave them out")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs momentum above 0")
+        if self.focal_gamma and self.label_smoothing:
+            raise ValueError("focal_gamma and label_smoothing: give one of the two")
         return self
 
 
@@ -77,6 +85,8 @@ class TeacherRecipe(_Part):
             there is one, "cuda" or "cuda:1".
         with_select: whether to train on the split "select", too. Only for settings that are not
             chosen on it.
+        task: kind of task; what a network is trained for and judged by.
+        task_config: settings of the task, such as ignore_index of "segmentation".
         threads: CPU threads while training and measuring. They fix the order in which sums are
             formed: with a number here, machines that differ only in their cores make the same
             file. None leaves torch's setting; more are faster for large networks and slower for
@@ -93,17 +103,20 @@ class TeacherRecipe(_Part):
     device: str = "cpu"
     with_select: bool = False
     threads: int | None = Field(default=None, ge=1)
+    task: str = CLASSIFICATION
+    task_config: dict[str, Any] = Field(default_factory=dict)
 
     def sha256(self) -> str:
         """Digest of the values; comments and the order of keys do not matter."""
         values = self.model_dump(mode="json")
         # Keys that came later count where they are used, so that earlier cards stay valid.
         for part, model, keys in (
-            (values, type(self), ("device", "with_select")),
+            (values, type(self), ("device", "with_select", "task", "task_config")),
             (values["training"], TrainingConfig, _LATER_KEYS),
         ):
             for key in keys:
-                if part[key] == model.model_fields[key].default:
+                field = model.model_fields[key]
+                if part[key] == field.get_default(call_default_factory=True):
                     del part[key]
         return sha256(json.dumps(values, sort_keys=True).encode())
 
@@ -138,14 +151,24 @@ def load_teacher_recipe(name_or_path: str | Path) -> TeacherRecipe:
         raise RecipeError(f"got {path}, expected YAML: {error}; correct the file") from error
     if not isinstance(values, dict):
         raise RecipeError(f"got {path} without keys, expected {', '.join(_keys(TeacherRecipe))}")
+    mistakes = [*_task_mistakes(values)]
     try:
-        return TeacherRecipe.model_validate({"name": path.stem, **values})
+        recipe = TeacherRecipe.model_validate({"name": path.stem, **values})
     except ValidationError as error:
-        mistakes = "\n".join(f"  {_mistake(found)}" for found in error.errors())
+        mistakes = [*map(_mistake, error.errors()), *mistakes]
+    if mistakes:
+        listed = "\n".join(f"  {mistake}" for mistake in mistakes)
         raise RecipeError(
-            f"got {error.error_count()} mistakes in {path}, expected a teacher recipe; correct:\n"
-            f"{mistakes}"
-        ) from error
+            f"got {len(mistakes)} mistakes in {path}, expected a teacher recipe; correct:\n{listed}"
+        )
+    return recipe
+
+
+def _task_mistakes(values: Mapping[str, Any]) -> Iterator[str]:
+    kind = values.get("task", CLASSIFICATION)
+    if isinstance(kind, str) and kind not in TASKS.names():
+        yield f"task: got {kind!r}{near(kind, TASKS.names())}"
+    yield from task_problems(values)
 
 
 def _keys(model: type[BaseModel]) -> list[str]:

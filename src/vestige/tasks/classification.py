@@ -1,7 +1,5 @@
 """Classification: one label per input, judged by accuracy."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,15 +7,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vestige.core.modes import evaluating
 from vestige.core.types import InputSpec, predict
-from vestige.errors import AccessError, DataError, ShapeError, TeacherError
+from vestige.errors import DataError, ShapeError
+from vestige.tasks._judging import (
+    CONFUSION_CLASSES,
+    INTEGERS,
+    batches,
+    check_answers,
+    check_inputs,
+    device_of,
+    quiet,
+)
 
 Labelled = tuple[Tensor, Tensor]
 
-_CONFUSION_CLASSES, _CONFUSED = 20, 10
-
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_CONFUSED = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +75,11 @@ class Classification:
             ShapeError: inputs do not fit the spec, or logits do not fit `num_classes`.
             DataError: there are no inputs, or labels are no integers in [0, K).
         """
-        inputs, labels = self._checked(data)
+        inputs, labels = self.check_examples(data)
         right = torch.zeros((), dtype=torch.int64)
         loss = torch.zeros((), dtype=torch.float64)
-        with _quiet(model):
-            for rows in _batches(len(inputs), batch_size):
+        with quiet(model):
+            for rows in batches(len(inputs), batch_size):
                 logits = self._logits(model, inputs[rows])
                 answers = labels[rows].to(logits.device)
                 right += (logits.argmax(1) == answers).sum().cpu()
@@ -84,14 +88,14 @@ class Classification:
 
     def report(self, model: nn.Module, data: Labelled, *, batch_size: int = 512) -> ClassReport:
         """Accuracy per class and the confusion matrix; arguments and errors as in `evaluate`."""
-        inputs, labels = self._checked(data)
+        inputs, labels = self.check_examples(data)
         return self._class_report(labels, self._answers(model, inputs, batch_size))
 
     def agreement(
         self, model_a: nn.Module, model_b: nn.Module, inputs: Tensor, *, batch_size: int = 512
     ) -> float:
         """Share of `inputs` (N, ...), in [0, 1], for which both models name the same class."""
-        self._check_inputs(inputs)
+        check_inputs(inputs, self.spec)
         first, second = (self._answers(one, inputs, batch_size) for one in (model_a, model_b))
         return int((first == second).sum()) / len(inputs)
 
@@ -118,13 +122,13 @@ class Classification:
             than 20 classes;
             "confused", the student's 10 most frequent mistakes: "class", "taken_for", "count".
         """
-        inputs, labels = self._checked(data)
+        inputs, labels = self.check_examples(data)
         answers = {"student": self._answers(student, inputs, batch_size)}
         if teacher is not None:
             answers["teacher"] = self._answers(teacher, inputs, batch_size)
         labels = labels.cpu()
         reports = {who: self._class_report(labels, found) for who, found in answers.items()}
-        drawn = self.num_classes <= _CONFUSION_CLASSES
+        drawn = self.num_classes <= CONFUSION_CLASSES
         return {
             "inputs": len(labels),
             "inputs_per_class": torch.bincount(labels, minlength=self.num_classes).tolist(),
@@ -146,30 +150,16 @@ class Classification:
 
         Raises:
             ShapeError: it cannot take the spec's inputs, or its logits are not (2, K).
+            TeacherError: its logits are not finite.
         """
-        inputs = torch.zeros((2, *self.spec.shape))
-        with _quiet(model):
-            try:
-                answers = self._logits(model, inputs)
-            except (RuntimeError, ValueError) as error:
-                if isinstance(error, ShapeError | AccessError):
-                    raise
-                raise ShapeError(
-                    f"{type(model).__name__} cannot take inputs of shape {self.spec.shape}, as the "
-                    f"input spec says: {error}"
-                ) from error
-        if not torch.isfinite(answers).all():
-            raise TeacherError(
-                f"{type(model).__name__} answers NaN or infinity to inputs of zeros, expected "
-                "finite logits; check its weights and the normalisation"
-            )
+        check_answers(model, self.spec, self._logits)
 
     def _answers(self, model: Any, inputs: Tensor, batch_size: int) -> Tensor:
         """Class numbers (N,) that `model` names, on the CPU."""
-        with _quiet(model):
+        with quiet(model):
             parts = [
                 self._logits(model, inputs[rows]).argmax(1).cpu()
-                for rows in _batches(len(inputs), batch_size)
+                for rows in batches(len(inputs), batch_size)
             ]
         return torch.cat(parts)
 
@@ -181,7 +171,7 @@ class Classification:
 
     def _logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Float32 logits (B, K) of `model`, on its device."""
-        logits = predict(model, inputs.to(_device(model, inputs))).logits
+        logits = predict(model, inputs.to(device_of(model, inputs))).logits
         expected = (len(inputs), self.num_classes)
         if logits.shape != expected:
             raise ShapeError(
@@ -191,9 +181,15 @@ class Classification:
             )
         return logits.float()
 
-    def _checked(self, data: Labelled) -> Labelled:
+    def check_examples(self, data: Labelled) -> Labelled:
+        """The inputs, and the labels in int64, of what `evaluate` and a training take.
+
+        Raises:
+            ShapeError: inputs do not fit the spec, or there is not one label each.
+            DataError: there are no inputs, or labels are no integers in [0, K).
+        """
         inputs, labels = data
-        self._check_inputs(inputs)
+        check_inputs(inputs, self.spec)
         if labels.shape != inputs.shape[:1]:
             raise ShapeError(
                 f"got labels of shape {tuple(labels.shape)}, expected ({len(inputs)},) for "
@@ -208,16 +204,6 @@ class Classification:
                 "number the classes from 0 or correct num_classes"
             )
         return inputs, labels.long()
-
-    def _check_inputs(self, inputs: Tensor) -> None:
-        if len(inputs) == 0:
-            raise DataError("got no inputs to evaluate on, expected at least one; hand in data")
-        if tuple(inputs.shape[1:]) != self.spec.shape:
-            raise ShapeError(
-                f"got inputs of shape {tuple(inputs.shape)}, expected (N, "
-                f"{', '.join(map(str, self.spec.shape))}) as in the input spec; resize the inputs "
-                "or correct the spec"
-            )
 
 
 def _scores(report: ClassReport, inputs: int) -> dict[str, Any]:
@@ -254,27 +240,3 @@ def _confused(confusion: Tensor) -> list[dict[str, int]]:
         for cell in order.tolist()
         if wrong.flatten()[cell] > 0
     ]
-
-
-@contextmanager
-def _quiet(*models: Any) -> Iterator[None]:
-    """No gradients, and every module among `models` in eval mode."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        for model in models:
-            # A black-box teacher is no module: it has no training flags to care for.
-            if isinstance(model, nn.Module):
-                stack.enter_context(evaluating(model))
-        yield
-
-
-def _batches(count: int, batch_size: int) -> Iterator[slice]:
-    for start in range(0, count, batch_size):
-        yield slice(start, start + batch_size)
-
-
-def _device(model: Any, inputs: Tensor) -> torch.device:
-    if isinstance(model, nn.Module):
-        for tensor in (*model.parameters(), *model.buffers()):
-            return tensor.device
-    return inputs.device

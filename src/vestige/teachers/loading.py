@@ -4,86 +4,59 @@ import difflib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from torch import nn
 
 from vestige.core.types import InputSpec
 from vestige.errors import TeacherError
 from vestige.models.factory import build_model
-from vestige.teachers import hub, vision
+from vestige.teachers import hub, smp, vision
+from vestige.teachers.cards import BuiltinCard, ImageInput
 from vestige.teachers.ensemble import CombinedNetwork
 from vestige.teachers.files import load_weights, read_weights
 from vestige.teachers.opened import OpenedTeacher, call_factory, check_asked, read_input
 
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
-SCHEMES = ("builtin", "timm", "hf")
-KINDS = ("factory", "model", "timm", "hf", "ensemble")
-KEYS = (*KINDS, "args", "weights", "combine", "input", "num_classes")
+SCHEMES = ("builtin", "timm", "smp", "hf")
+KINDS = ("factory", "model", "timm", "smp", "hf", "ensemble")
+KEYS = (*KINDS, "args", "weights", "combine", "input", "num_classes", "task", "task_config")
 FORMS = (
-    "'builtin:NAME', 'timm:NAME', 'hf:ORG/NAME', 'hf:FOLDER', the path of a card (.json), "
-    "{'factory': 'package.module:callable', 'args': {...}, 'weights': 'FILE'}, the same with "
-    "'model', 'timm' or 'hf': NAME, or {'ensemble': [TEACHER, ...], 'combine': 'probabilities'}"
+    "'builtin:NAME', 'timm:NAME', 'smp:FOLDER', 'hf:ORG/NAME', 'hf:FOLDER', the path of a card "
+    "(.json), {'factory': 'package.module:callable', 'args': {...}, 'weights': 'FILE'}, the same "
+    "with 'model', 'timm', 'smp' or 'hf': NAME, or "
+    "{'ensemble': [TEACHER, ...], 'combine': 'probabilities'}"
 )
 
 Opener = Callable[[str], OpenedTeacher]
 
+_FROM_PACKAGES: dict[str, Callable[..., OpenedTeacher]] = {
+    "timm": vision.load_timm,
+    "smp": smp.load_smp,
+    "hf": hub.load_hub,
+}
 
-class ImageInput(BaseModel):
-    """The input spec of an image model, as it stands in recipes and cards."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    channels: int = Field(ge=1)
-    height: int = Field(ge=1)
-    width: int = Field(ge=1)
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-
-    def spec(self) -> InputSpec:
-        """The same as an InputSpec."""
-        return InputSpec.image(self.channels, self.height, self.width, mean=self.mean, std=self.std)
-
-
-class BuiltinCard(BaseModel):
-    """What is known about a teacher whose weights lie beside the card.
-
-    Attributes:
-        name: as in "builtin:NAME".
-        model: name in `models.factory`.
-        args: its arguments.
-        input: what one input looks like.
-        num_classes: K, number of logits.
-        classes: their names, in the order of the logits.
-        data: name of the data set it was trained on (split "train").
-        train_fingerprint: sha256 of the training images, see `data.image.ImageSet`.
-        test_fingerprint: sha256 of the images that `accuracy` was measured on.
-        recipe_sha256: of the recipe's values.
-        weights_fingerprint: `fingerprint` of the trained module.
-        parameters: number of weights.
-        accuracy: on the test split, in [0, 1], measured once after training.
-        torch: version that it was trained with.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    model: str
-    args: dict[str, Any]
-    input: ImageInput
-    num_classes: int = Field(ge=2)
-    classes: tuple[str, ...]
-    data: str
-    train_fingerprint: str
-    test_fingerprint: str
-    recipe_sha256: str
-    weights_fingerprint: str
-    parameters: int
-    accuracy: float = Field(ge=0, le=1)
-    torch: str
+__all__ = [
+    "FORMS",
+    "KEYS",
+    "KINDS",
+    "SCHEMES",
+    "WEIGHTS_FOLDER",
+    "BuiltinCard",
+    "ImageInput",
+    "builtin_card",
+    "builtin_teachers",
+    "fingerprint",
+    "load_from_card",
+    "load_teacher",
+    "of_card",
+    "open_teacher",
+    "read_card",
+]
 
 
 def load_teacher(
@@ -98,15 +71,19 @@ def load_teacher(
         spec: one of
             "builtin:NAME" (see `builtin_teachers`);
             "timm:NAME" with timm's pretrained weights, which are downloaded unless cached;
+            "smp:FOLDER" or "smp:ORG/NAME", a network that segmentation-models-pytorch saved;
             "hf:ORG/NAME" or "hf:FOLDER", an image classifier of transformers;
             the path of a student.json or of a card of `vestige train-teacher`, beside its weights;
             a mapping with "factory", a callable named "package.module:callable" that is called with
-            "args"; or with "model", a name of `models.factory`; or with "timm" or "hf" and a name;
+            "args"; or with "model", a name of `models.factory`; or with "timm", "hf" or "smp" and a
+            name, for "smp" also "ARCHITECTURE/ENCODER";
             a mapping with "ensemble", a list of teachers, and optionally "combine" and "weights",
             a number each, see `CombinedNetwork`.
             "weights" is a .safetensors file, or a .pt or .pth file that holds nothing but tensors.
-            Without it timm and hf take the pretrained weights, and others stay as they were built.
-            "input" and "num_classes" in a mapping stand for the arguments below.
+            Without it timm, hf and a saved smp network take the pretrained weights, and others stay
+            as they were built.
+            "input" and "num_classes" in a mapping stand for the arguments below; "task" and
+            "task_config" say what it was trained for, as in a recipe.
         input_spec: what one input looks like; needed for "model", checked where the teacher says it
             itself, where images may have another size.
         num_classes: number of logits; likewise.
@@ -116,7 +93,7 @@ def load_teacher(
 
     Raises:
         TeacherError: the form, the file or its content is not as described here.
-        MissingExtraError: timm or transformers is not installed.
+        MissingExtraError: timm, segmentation-models-pytorch or transformers is not installed.
     """
     return open_teacher(spec, input_spec=input_spec, num_classes=num_classes).module
 
@@ -141,7 +118,9 @@ def open_teacher(
         MissingExtraError: likewise.
     """
     if isinstance(spec, Mapping):
-        return _open_mapping(spec, input_spec, num_classes, openers or {})
+        opened = _open_mapping(spec, input_spec, num_classes, openers or {})
+        task, settings = spec.get("task") or opened.task, spec.get("task_config")
+        return replace(opened, task=str(task), task_config=settings or opened.task_config)
     text = str(spec)
     if text.endswith(".json"):
         return _checked(text, _open_card(Path(text).expanduser()), input_spec, num_classes)
@@ -241,9 +220,8 @@ def _open_mapping(
     if kind == "ensemble":
         return _open_ensemble(spec, input_spec, num_classes, openers)
     weights = None if spec.get("weights") is None else Path(spec["weights"]).expanduser()
-    if kind in ("timm", "hf"):
-        load = vision.load_timm if kind == "timm" else hub.load_hub
-        return load(
+    if kind in _FROM_PACKAGES:
+        return _FROM_PACKAGES[kind](
             str(spec[kind]),
             args=args,
             weights=weights,
@@ -306,6 +284,7 @@ def _open_ensemble(
             ("inputs", members[0].spec, member.spec),
             ("number of classes", members[0].num_classes, member.num_classes),
             ("classes", members[0].classes, member.classes),
+            ("task", members[0].task, member.task),
         ):
             if first and other and first != other:
                 raise TeacherError(
@@ -327,6 +306,8 @@ def _open_ensemble(
         known([member.num_classes for member in members]),
         known([member.classes for member in members]) or (),
         "; ".join(dict.fromkeys(one.trained_on for one in members if one.trained_on)),
+        known([member.task for member in members]) or "",
+        known([member.task_config for member in members]) or {},
     )
 
 
@@ -337,10 +318,11 @@ def _open_card(path: Path) -> OpenedTeacher:
         if "weights_fingerprint" in card:
             trained = read_card(path)
             return of_card(trained, load_from_card(trained, path.with_suffix(".safetensors")))
-        known = {key: card[key] for key in ("factory", "model", "args") if key in card}
+        known = {key: card[key] for key in ("factory", "model", "smp", "args") if key in card}
         weights = path.parent / str(card["weights"])
         spec, count = read_input(card["input"]), int(card["num_classes"])
         classes = tuple(map(str, card.get("classes") or ()))
+        task, settings = str(card.get("task") or ""), dict(card.get("task_config") or {})
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, TeacherError) and str(path) in str(error):
             raise
@@ -348,19 +330,27 @@ def _open_card(path: Path) -> OpenedTeacher:
             f"got {path}, which cannot be read as the card of a network ({error!r}), expected the "
             "student.json that a run left; name the mapping or the recipe instead"
         ) from error
-    if not {"factory", "model"} & set(known):
+    if not {"factory", "model", "smp"} & set(known):
         raise TeacherError(
             f"got {path} of a network that was handed in from Python, which the card cannot build; "
             "name its 'factory' in a mapping, with these weights"
         )
     module = load_teacher({**known, "weights": weights}, input_spec=spec, num_classes=count)
-    return OpenedTeacher(module, spec, count, classes)
+    return OpenedTeacher(module, spec, count, classes, task=task, task_config=settings)
 
 
 def of_card(card: BuiltinCard, module: nn.Module) -> OpenedTeacher:
     """The network with what its card says."""
     about = f"{card.data}/train, {card.train_fingerprint[:12]}"
-    return OpenedTeacher(module, card.input.spec(), card.num_classes, card.classes, about)
+    return OpenedTeacher(
+        module,
+        card.input.spec(),
+        card.num_classes,
+        card.classes,
+        about,
+        card.task,
+        card.task_config,
+    )
 
 
 def _checked(

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -22,6 +22,8 @@ class OpenedTeacher:
         num_classes: K, number of logits; None where nobody said.
         classes: their names in the order of the logits, or ().
         trained_on: what its card says of its data, or "".
+        task: kind of task it answers; "" where nobody said.
+        task_config: settings of the task.
     """
 
     module: nn.Module
@@ -29,6 +31,8 @@ class OpenedTeacher:
     num_classes: int | None
     classes: tuple[str, ...] = ()
     trained_on: str = ""
+    task: str = ""
+    task_config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_args(name: str, args: Sequence[str], refused: Sequence[str]) -> None:

@@ -1,8 +1,9 @@
-"""Teachers of timm, behind the extra [vision]."""
+"""Teachers of timm, behind the extra [vision], and how its packages are imported."""
 
 import logging
 import sys
 from collections.abc import Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,26 @@ def import_timm() -> Any:
     Raises:
         MissingExtraError: it is not installed.
     """
-    if find_spec("timm") is None or find_spec("torchvision") is None:
+    return import_vision("timm", "timm")
+
+
+def import_vision(package: str, scheme: str) -> Any:
+    """A package that imports torchvision, beside a torch of any build.
+
+    Args:
+        package: its name.
+        scheme: of the teachers that need it.
+
+    Raises:
+        MissingExtraError: it is not installed, or torchvision is not.
+    """
+    if missing := [name for name in (package, "torchvision") if find_spec(name) is None]:
         raise MissingExtraError(
-            "got a 'timm:' teacher, but timm is not installed; pip install 'vestige[vision]'"
+            f"got a '{scheme}:' network, but {missing[0]} is not installed; "
+            "pip install 'vestige[vision]'"
         )
     _declare_operators()
-    import timm
-
-    return timm
+    return import_module(package)
 
 
 def load_timm(

@@ -13,6 +13,8 @@ from vestige.core.types import InputSpec
 # As many moments are shown; up to twice as many are kept, since nobody knows how long a run gets.
 SHOWN, _KEPT = 8, 16
 _ROWS, _SIDE = 4, 64
+# In place of a class where the teacher has none for the whole input, but one for each pixel of it.
+NO_CLASS = -1
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Moment:
         round: finished rounds of that loop.
         step: optimizer steps of the whole run.
         images: (n, C, H, W), uint8, at most 4 of at most 64 x 64 pixels.
-        classes: (n,), int64, the teacher's answers to the inputs at their full size.
+        classes: (n,), int64, the teacher's answers to the inputs at their full size, or `NO_CLASS`.
     """
 
     loop: str

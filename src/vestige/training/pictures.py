@@ -1,14 +1,15 @@
-"""Pictures of synthetic inputs: a contact sheet and a small PNG writer."""
+"""Pictures of inputs and of answers to them: sheets, and a small PNG writer."""
 
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from vestige.errors import ShapeError
 from vestige.training.files import write_bytes
@@ -17,6 +18,7 @@ PAPER = 255
 _CAPTION_INK = 60
 _CAPTION_LENGTH = 24
 _STRIP_SIDE, _STRIP_GAP, _STRIP_LINE = 112, 16, 22
+_ANSWER_SIDE, _LARGEST_ANSWER, _ANSWER_GAP = 128, 320, 8
 
 
 def contact_sheet(
@@ -105,6 +107,51 @@ def time_strip(columns: Sequence[tuple[str, Tensor, Sequence[str]]]) -> NDArray[
     return sheet
 
 
+def answer_grid(columns: Mapping[str, Tensor]) -> NDArray[np.uint8]:
+    """Lay columns of images side by side on white paper, a row for each input.
+
+    Small images are enlarged without smoothing, those of more than 320 pixels made smaller.
+
+    Args:
+        columns: by heading, images (n, C, H, W) as `contact_sheet` takes them; C may differ from
+            column to column, n, H and W may not.
+
+    Returns:
+        (height, width, 3) uint8.
+
+    Raises:
+        ShapeError: there is no column, or the images do not fit the above.
+    """
+    if not columns:
+        raise ShapeError("got no columns, expected at least one of images; draw nothing instead")
+    for images in columns.values():
+        _check(images, 1, 1, None, 0)
+    shapes = {name: (len(images), *images.shape[2:]) for name, images in columns.items()}
+    if len(set(shapes.values())) > 1:
+        raise ShapeError(
+            f"got columns of (rows, height, width) {shapes}, expected the same for all; draw the "
+            "same inputs in each of them, at one size"
+        )
+    _, high, wide = next(iter(shapes.values()))
+    scale = max(1, _ANSWER_SIDE // max(high, wide))
+    shrink = max(1.0, max(high, wide) / _LARGEST_ANSWER)
+    size = (max(1, round(high / shrink)), max(1, round(wide / shrink)))
+    drawn = [_tiles(_resized(images, size), scale) for images in columns.values()]
+    rows, height, width = drawn[0].shape[:3]
+    # A heading may be wider than a narrow image.
+    cell, line, gap = max(width, _ANSWER_SIDE // 2) + _ANSWER_GAP, _STRIP_LINE, _ANSWER_GAP
+    shape = (gap + line + rows * (height + gap), gap + len(drawn) * cell, 3)
+    sheet = np.full(shape, PAPER, dtype=np.uint8)
+    headings = _captions(list(columns), line)
+    for number, (strip, tiles) in enumerate(zip(headings, drawn, strict=True)):
+        left, cut = gap + number * cell, strip[:, : cell - 2]
+        sheet[gap // 2 : gap // 2 + line, left : left + cut.shape[1]] = cut[..., None]
+        for index, tile in enumerate(tiles):
+            top = gap + line + index * (height + gap)
+            sheet[top : top + height, left : left + width] = tile
+    return sheet
+
+
 def save_png(array: NDArray[np.uint8], path: Path) -> None:
     """Write a picture as PNG; `path` holds either the whole picture or what it held before.
 
@@ -155,6 +202,12 @@ def _check(
         raise ShapeError(
             f"got {len(labels)} labels for {images.shape[0]} images, expected one for each image"
         )
+
+
+def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(images.shape[2:]) == size:
+        return images
+    return functional.interpolate(images.detach().float(), size=size, mode="area")
 
 
 def _tiles(images: Tensor, scale: int) -> NDArray[np.uint8]:

@@ -17,9 +17,9 @@ from vestige.training.diagnosis import Finding
 from vestige.training.files import tensors_to_bytes, write_bytes, write_json, write_text
 from vestige.training.moments import drawable
 from vestige.training.outcome import Outcome
-from vestige.training.pictures import contact_sheet, save_png, time_strip
+from vestige.training.pictures import answer_grid, contact_sheet, save_png, time_strip
 
-_SHEET_COLUMNS, _SHEET_CLASSES = 10, 20
+_SHEET_COLUMNS, _SHEET_CLASSES, _SHEET_IMAGES = 10, 20, 30
 
 
 @dataclass(frozen=True)
@@ -194,8 +194,20 @@ def write_details(
     )
 
 
+def write_answers(out: Path, columns: Mapping[str, Tensor]) -> bool:
+    """answers.png: what a task draws of the answers to test inputs, see `ShowsAnswers`.
+
+    Returns:
+        False if there is nothing to show.
+    """
+    if not columns or not all(len(images) for images in columns.values()):
+        return False
+    save_png(answer_grid(columns), out / "answers.png")
+    return True
+
+
 def write_samples_over_time(out: Path, outcome: Outcome, classes: Sequence[str]) -> bool:
-    """samples-over-time.png: one column per moment, the teacher's class under each input.
+    """samples-over-time.png: one column per moment, the teacher's class, if any, under each input.
 
     Returns:
         False if there is nothing to show.
@@ -211,14 +223,20 @@ def write_samples_over_time(out: Path, outcome: Outcome, classes: Sequence[str])
         )
         for one in outcome.moments
     ]
-    save_png(time_strip(columns), out / "samples-over-time.png")
+    if any(name for *_, names in columns for name in names):
+        strip = time_strip(columns)
+    else:
+        rows = min(len(images) for _, images, _ in columns)
+        strip = answer_grid({heading: images[:rows] / 255 for heading, images, _ in columns})
+    save_png(strip, out / "samples-over-time.png")
     return True
 
 
 def write_samples(out: Path, outcome: Outcome, task: Task, classes: Sequence[str]) -> bool:
     """samples.png: the latest inputs, one row per class that the teacher saw in them.
 
-    At most 10 images of each of the 20 classes with the most images.
+    At most 10 images of each of the 20 classes with the most images; where there is no class for a
+    whole input, the latest 30.
 
     Returns:
         False if there is nothing to show.
@@ -227,6 +245,11 @@ def write_samples(out: Path, outcome: Outcome, task: Task, classes: Sequence[str
         return False
     inputs, answers = outcome.samples
     answers = answers.cpu()
+    if bool((answers < 0).any()):
+        latest = task.spec.denormalize(inputs[-_SHEET_IMAGES:].float().cpu())
+        scale = max(1, 64 // latest.shape[-1])
+        save_png(contact_sheet(latest, columns=_SHEET_COLUMNS, scale=scale), out / "samples.png")
+        return True
     counts = torch.bincount(answers, minlength=task.num_classes)
     shown = counts.argsort(descending=True, stable=True)[:_SHEET_CLASSES].sort().values
     index = torch.cat([(answers == label).nonzero()[:, 0][:_SHEET_COLUMNS] for label in shown])
@@ -239,4 +262,6 @@ def write_samples(out: Path, outcome: Outcome, task: Task, classes: Sequence[str
 
 
 def _class_name(label: int, classes: Sequence[str]) -> str:
+    if label < 0:
+        return ""
     return classes[label] if label < len(classes) else str(label)

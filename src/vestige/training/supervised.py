@@ -1,4 +1,4 @@
-"""Supervised training of a classifier: how teachers come about."""
+"""Supervised training of classifiers, of inputs or of their pixels: how teachers come about."""
 
 import math
 from collections.abc import Callable
@@ -16,6 +16,9 @@ from vestige.core.types import predict
 from vestige.errors import CheckpointError, DataError, NonFiniteLossError, ShapeError
 from vestige.training.checkpoint import CheckpointStore
 from vestige.training.compute import laid_out
+from vestige.training.spatial import flips, mirrored, moved, random_flip, random_shift, shifts
+
+__all__ = ["random_flip", "random_shift", "train_classifier"]
 
 WARM_UP = 0.1
 
@@ -37,6 +40,8 @@ def train_classifier(
     nesterov: bool = False,
     precision: Literal["fp32", "bf16"] = "fp32",
     channels_last: bool = False,
+    focal_gamma: float = 0.0,
+    ignore_index: int = -100,
     seed: int = 0,
     on_epoch: Callable[[int, float], None] | None = None,
     store: CheckpointStore | None = None,
@@ -53,9 +58,10 @@ def train_classifier(
     one in it. On a CPU the outcome is the same, bit for bit, as without the break.
 
     Args:
-        module: maps inputs to logits (B, K); batches are moved to its device.
+        module: maps inputs to logits (B, K), or (B, K, H, W); batches are moved to its device.
         inputs: (N, ...), normalised; (N, C, H, W) where `shift`, `flip` or `channels_last` is used.
-        labels: (N,), int64 in [0, K).
+        labels: (N,), int64 in [0, K); or masks (N, H, W) of them, which are shifted and mirrored
+            with their images.
         epochs: passes over the data.
         batch_size: rows per step; a smaller set is one batch.
         lr: highest learning rate.
@@ -69,6 +75,10 @@ def train_classifier(
         nesterov: of SGD, whether the momentum looks ahead.
         precision: "bf16" computes forward and loss under autocast; weights stay in float32.
         channels_last: memory format while training; faster convolutions on most GPUs.
+        focal_gamma: weighs each term of the cross entropy by (1 - p)^gamma, p the probability of
+            the right class (focal loss, Lin et al. 2017, eq. 4); higher looks more at what is still
+            wrong, 0 is plain cross entropy.
+        ignore_index: label of what is left out of the loss; its mean is over the rest.
         seed: of everything random here.
         on_epoch: called after each epoch with its number from 1 and its mean loss in nats.
         store: keeps the checkpoints; None keeps none.
@@ -78,13 +88,21 @@ def train_classifier(
         Whether all epochs are done; False after `go_on` said no.
 
     Raises:
-        DataError: there are no inputs, or a setting is out of range.
-        ShapeError: labels do not fit the inputs, or images are asked for and there is no H and W.
+        DataError: there are no inputs, a label is above the number of logits, or a setting is out
+            of range.
+        ShapeError: labels do not fit the inputs or the logits, or images are asked for and there is
+            no H and W.
         NonFiniteLossError: the loss became NaN or infinite.
         CheckpointError: the checkpoint does not fit.
     """
     images = bool(shift or flip or channels_last)
     _check(inputs, labels, epochs, batch_size, shift, images=images)
+    if focal_gamma < 0 or (focal_gamma and label_smoothing):
+        raise DataError(
+            f"got focal_gamma={focal_gamma}, label_smoothing={label_smoothing}, expected at least "
+            "0, and one of the two; set the other to 0"
+        )
+    highest = int(labels.masked_fill(labels == ignore_index, 0).max())
     rng = generator(seed, "supervised")
     device = next((weight.device for weight in module.parameters()), inputs.device)
     batch_size = min(batch_size, len(inputs))
@@ -100,16 +118,20 @@ def train_classifier(
             for step, rows in enumerate(order.split(batch_size), start=(epoch - 1) * steps):
                 moves.param_groups[0]["lr"] = lr * _factor(step, steps=epochs * steps)
                 batch = inputs[rows.to(inputs.device)]
+                answers = labels[rows.to(labels.device)]
                 if shift:
-                    batch = random_shift(batch, shift, rng)
+                    start = shifts(len(batch), shift, rng)
+                    batch = moved(batch, start)
+                    answers = moved(answers, start) if answers.dim() > 1 else answers
                 if flip:
-                    batch = random_flip(batch, rng)
-                answers = labels[rows.to(labels.device)].to(device)
+                    turned = flips(len(batch), rng)
+                    batch = mirrored(batch, turned)
+                    answers = mirrored(answers, turned) if answers.dim() > 1 else answers
+                answers = answers.to(device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                     logits = predict(module, batch.to(device, memory_format=layout)).logits
-                    loss = functional.cross_entropy(
-                        logits, answers, label_smoothing=label_smoothing
-                    )
+                    _check_logits(logits, answers, highest)
+                    loss = _loss(logits, answers, label_smoothing, focal_gamma, ignore_index)
                 moves.zero_grad(set_to_none=True)
                 loss.backward()
                 moves.step()
@@ -129,39 +151,36 @@ def train_classifier(
     return True
 
 
-def random_shift(images: Tensor, pixels: int, rng: torch.Generator) -> Tensor:
-    """Move each image by its own whole number of pixels, repeating the border.
-
-    Args:
-        images: (B, C, H, W).
-        pixels: largest shift along each axis; every shift in [-pixels, pixels] is equally likely.
-        rng: on any device.
-
-    Returns:
-        (B, C, H, W), same dtype and device.
-    """
-    count, _, height, width = images.shape
-    padded = functional.pad(images, (pixels,) * 4, mode="replicate")
-    start = torch.randint(2 * pixels + 1, (2, count, 1), generator=rng, device=rng.device)
-    start = start.to(images.device)
-    rows = (start[0] + torch.arange(height, device=images.device))[:, :, None]
-    columns = (start[1] + torch.arange(width, device=images.device))[:, None, :]
-    batch = torch.arange(count, device=images.device)[:, None, None]
-    return padded[batch, :, rows, columns].permute(0, 3, 1, 2).contiguous()
+def _check_logits(logits: Tensor, labels: Tensor, highest: int) -> None:
+    if logits.shape[:1] + logits.shape[2:] != labels.shape:
+        raise ShapeError(
+            f"got logits of shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)}, "
+            "expected logits (B, K) for labels (B,), or (B, K, H, W) for masks (B, H, W); take a "
+            "network that answers at every pixel of its input for masks, and no other"
+        )
+    if logits.shape[1] <= highest:
+        raise DataError(
+            f"got the label {highest} and {logits.shape[1]} logits, expected labels from 0 to "
+            f"{logits.shape[1] - 1}; number the classes from 0, or set ignore_index to what stands "
+            "for none"
+        )
 
 
-def random_flip(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Mirror each image left to right with probability 1/2.
-
-    Args:
-        images: (B, C, H, W).
-        rng: on any device.
-
-    Returns:
-        (B, C, H, W), same dtype and device.
-    """
-    mirrored = torch.randint(2, (len(images), 1, 1, 1), generator=rng, device=rng.device)
-    return torch.where(mirrored.to(images.device).bool(), images.flip(3), images)
+def _loss(
+    logits: Tensor, labels: Tensor, smoothing: float, focal_gamma: float, ignore_index: int
+) -> Tensor:
+    """Mean over what is not ignored; 0 where that is nothing."""
+    if labels.dim() == 1 and not focal_gamma:
+        return functional.cross_entropy(
+            logits, labels, label_smoothing=smoothing, ignore_index=ignore_index
+        )
+    terms = functional.cross_entropy(
+        logits, labels, label_smoothing=smoothing, ignore_index=ignore_index, reduction="none"
+    )
+    if focal_gamma:
+        # 1 - p without cancellation; at p = 1 the gradient of a power below 1 is infinite.
+        terms = terms * (-torch.expm1(-terms)).clamp_min(1e-8) ** focal_gamma
+    return terms.sum() / (labels != ignore_index).sum().clamp_min(1)
 
 
 def _optimizer(
@@ -237,10 +256,11 @@ def _check(
 ) -> None:
     if len(inputs) == 0:
         raise DataError("got no inputs to train on, expected at least one; hand in data")
-    if labels.shape != inputs.shape[:1]:
+    dense = labels.dim() == 3 and inputs.dim() == 4
+    if labels.shape != (inputs.shape[:1] + inputs.shape[2:] if dense else inputs.shape[:1]):
         raise ShapeError(
             f"got labels of shape {tuple(labels.shape)}, expected ({len(inputs)},) for "
-            f"{len(inputs)} inputs; hand in one class number per input"
+            f"{len(inputs)} inputs; hand in one class number per input, or masks of their size"
         )
     if min(epochs, batch_size) < 1 or shift < 0:
         raise DataError(

@@ -322,7 +322,9 @@ class Trainer:
         )
         if self.trackers:
             self.trackers.picture(progress.steps, self.task.spec, self.watch.latest_samples())
-        self.audience.tell("evaluation", step=progress.steps, scores=scores)
+        self.audience.tell(
+            "evaluation", step=progress.steps, scores=scores, metric=self.task.metric
+        )
 
     def _judging(self) -> str:
         return f"the evaluation after step {self.ctx.progress.steps}"

@@ -11,7 +11,7 @@ from vestige.core.types import Loss, Step, at_least_float32
 from vestige.errors import NonFiniteLossError
 from vestige.training.diagnosis import Diagnosis, RoundRecord
 from vestige.training.made import Made
-from vestige.training.moments import Moments
+from vestige.training.moments import NO_CLASS, Moments
 from vestige.training.retention import Retention
 from vestige.training.tracking.metrics import MetricsFile
 
@@ -115,13 +115,16 @@ class Watch:
     def _keep_samples(self, loss: Loss) -> None:
         """Remember some of the latest inputs for the contact sheet, at a bounded size."""
         inputs, teacher = loss.inputs, loss.teacher
-        if teacher is None or teacher.logits.dim() != 2 or not isinstance(inputs, Tensor):
+        if teacher is None or teacher.logits.dim() < 2 or not isinstance(inputs, Tensor):
             return
         row = inputs[0].numel() * inputs.element_size()
         rows = max(1, min(_SAMPLE_ROWS, _SAMPLE_BYTES // (_SAMPLE_BATCHES * row)))
         # Copies: a slice would keep the whole batch alive.
         kept = at_least_float32(inputs[:rows].clone())
-        self._samples.append((kept, teacher.logits[:rows].argmax(1)))
+        logits = teacher.logits[:rows]
+        whole = logits.dim() == 2
+        classes = logits.argmax(1) if whole else logits.new_full((len(kept),), NO_CLASS).long()
+        self._samples.append((kept, classes))
         del self._samples[:-_SAMPLE_BATCHES]
         self.moments.observe(*self._samples[-1])
 
@@ -146,7 +149,10 @@ class Watch:
         return record
 
     def latest_samples(self) -> tuple[Tensor, Tensor] | None:
-        """(inputs, the teacher's classes) of the latest student batches, on the CPU, or None."""
+        """(inputs, the teacher's classes) of the latest student batches, on the CPU, or None.
+
+        The classes are `NO_CLASS` where the teacher answers for each part of an input.
+        """
         if not self._samples:
             return None
         inputs, classes = zip(*self._samples, strict=True)

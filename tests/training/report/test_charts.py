@@ -163,3 +163,13 @@ def test_a_confusion_matrix_takes_any_counts_and_names() -> None:
     svg = confusion([[math.nan, -1.0], [math.inf, 2.0]], title=HOSTILE)
     assert "nan" not in svg.lower().replace("–", "") and "<script" not in svg
     ElementTree.fromstring(svg)
+
+
+def test_a_confusion_matrix_in_shares_prints_percents_of_the_row() -> None:
+    counts = [[997_000, 3_000, 0], [1, 1, 0], [0, 0, 0]]
+    svg = confusion(counts, title="t", in_shares=True)
+    assert _texts(svg)[-2:] == ["true class ↓", "answer →"]
+    printed = [text for text in _texts(svg) if text.isdecimal()]
+    # Names of columns and rows, then what rounds to more than nothing.
+    assert printed == ["0", "0", "1", "1", "2", "2", "100", "50", "50"]
+    assert "0 taken for 1: 3k (0.3 %)" in svg and "0, right: 997k (99.7 %)" in svg

@@ -16,7 +16,8 @@ from rich.console import Console
 from vestige.training.pictures import save_png
 from vestige.training.report import write_report
 from vestige.training.report.page_classes import classes_view
-from vestige.training.report.page_compare import differing_keys, not_comparable
+from vestige.training.report.page_compare import comparison_view, differing_keys, not_comparable
+from vestige.training.report.page_run import run_view
 from vestige.training.report.run_folder import read_run
 from vestige.training.report.tables import (
     arm_rows,
@@ -102,7 +103,38 @@ def _evaluation(classes: int, score: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _write_run(folder: Path, *, score: float = 0.9312, classes: int = 3, **changes: Any) -> Path:
+def _dense(score: float) -> dict[str, Any]:
+    """As the task of segmentation writes it; class 3 is nowhere."""
+    counts = [[40_000, 900, 100, 0], [500, 5_000, 0, 0], [0, 20, 480, 0], [0, 0, 0, 0]]
+    return {
+        "schema": 1, "task": "segmentation", "metric": "miou", "step": 1800,
+        "classes": ["sky", HOSTILE, "car", "sign"],
+        "inputs": 12, "pixels": 47_000, "pixels_per_class": [41_000, 5_500, 500, 0],
+        "student": {"miou": score, "pixel_accuracy": 0.9677, "per_class": [0.9, 0.7, 0.4, None]},
+        "teacher": {"miou": 0.91, "pixel_accuracy": 0.99, "per_class": [0.99, 0.9, 0.84, None]},
+        "agreement": {"share": 0.9625},
+        "confusion": {"student": counts, "teacher": counts},
+    }  # fmt: skip
+
+
+def _write_dense(folder: Path, *, score: float = 0.6675) -> Path:
+    run = _write_run(
+        folder,
+        score=score,
+        answers=True,
+        metric="miou",
+        task="segmentation",
+        teacher={"score": 0.91},
+    )
+    (run / "evaluation.json").write_text(json.dumps(_dense(score)))
+    lines = (run / "metrics.jsonl").read_text().replace('"accuracy"', '"miou"')
+    (run / "metrics.jsonl").write_text(lines)
+    return run
+
+
+def _write_run(
+    folder: Path, *, score: float = 0.9312, classes: int = 3, answers: bool = False, **changes: Any
+) -> Path:
     folder.mkdir(parents=True)
     summary = {
         "schema": 1, "method": "dfad", "plugins": [], "task": "classification",
@@ -129,6 +161,8 @@ def _write_run(folder: Path, *, score: float = 0.9312, classes: int = 3, **chang
     (folder / "metrics.jsonl").write_text(lines)
     save_png(np.full((4, 4, 3), 7, np.uint8), folder / "samples.png")
     save_png(np.full((3, 5, 3), 9, np.uint8), folder / "samples-over-time.png")
+    if answers:
+        save_png(np.full((6, 9, 3), 11, np.uint8), folder / "answers.png")
     (folder / "evaluation.json").write_text(json.dumps(_evaluation(classes, score)))
     return folder
 
@@ -281,11 +315,11 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     "name",
     [
         *("summary.json", "run.json", "metrics.jsonl", "samples.png"),
-        *("evaluation.json", "samples-over-time.png"),
+        *("evaluation.json", "samples-over-time.png", "answers.png"),
     ],
 )
 def test_a_file_that_was_cut_off_is_named(tmp_path: Path, name: str) -> None:
-    run = _write_run(tmp_path / "run")
+    run = _write_run(tmp_path / "run", answers=True)
     (run / name).write_bytes((run / name).read_bytes()[:-9])
     assert re.search(f"{name}.*cut off", _page([run], tmp_path / "report.html").text)
 
@@ -313,7 +347,7 @@ def test_wrong_types_everywhere_still_give_a_page(tmp_path: Path) -> None:
     for index, wrong in enumerate([None, 3, "x", [1], {"a": [1]}, True, float("nan"), "\ud800"]):
         run = _write_run(tmp_path / f"run{index}")
         for name in ("summary.json", "run.json", "evaluation.json"):
-            keys = [*json.loads((run / name).read_text()), "arm_details"]
+            keys = [*json.loads((run / name).read_text()), "arm_details", *_dense(0.5), "colours"]
             (run / name).write_text(json.dumps(dict.fromkeys(keys, wrong)))
         if isinstance(wrong, dict):
             nested = {key: {inner: [wrong, "x"] for inner in ("per_class", "student", "share")}
@@ -434,7 +468,7 @@ def test_runs_of_other_teachers_or_data_are_marked_and_left_out_of_the_charts(
         "another teacher than first": changed("teacher", teacher_fingerprint="b" * 64),
         "other test data than first": changed("data", real_data=other_data),
         "that its test data are those of first is not recorded": changed("none", real_data=[]),
-        "judged by miou, first by accuracy": _write_run(tmp_path / "metric", metric="miou"),
+        "judged by mIoU, first by accuracy": _write_run(tmp_path / "metric", metric="miou"),
     }
     for reason, run in cases.items():
         found, where = [read_run(path) for path in (run, first)], run.name
@@ -471,6 +505,95 @@ def test_numbers_by_class_are_those_of_evaluation_json(tmp_path: Path) -> None:
                    "Teacher right, student wrong", "93.1 % of the test inputs"):  # fmt: skip
         assert needed in page.text
     assert "kind 1 taken for kind 2: 1" in page.text and "kind 1, right: 7" in page.text
+
+
+def test_a_run_is_told_in_its_own_metric(tmp_path: Path) -> None:
+    page = _page([_write_dense(tmp_path / "run")], tmp_path / "report.html")
+    assert "reaches 66.8 % test mIoU; its teacher has 91.0 %" in page.text
+    assert "Test mIoU over steps" in page.text and "test mIoU, last step" in page.text
+    assert "ccuracy by class" not in page.text and "miou" not in page.text.replace("- miou", "")
+    other = _page([_write_run(tmp_path / "other")], tmp_path / "other.html")
+    assert "IoU" not in other.text and "pixel" not in other.text
+
+
+def test_a_run_that_was_cut_off_is_known_by_the_metric_it_wrote(tmp_path: Path) -> None:
+    run = _write_dense(tmp_path / "run")
+    for name in ("summary.json", "evaluation.json"):
+        (run / name).unlink()
+    assert "Test mIoU over steps" in _page([run], tmp_path / "report.html").text
+
+
+def test_answers_at_every_pixel_are_told_class_by_class(tmp_path: Path) -> None:
+    page = _page([_write_dense(tmp_path / "run")], tmp_path / "report.html")
+    evaluation = _dense(0.6675)
+    assert "IoU by class" in page.text and "Over all classes" in page.text
+    for who in ("student", "teacher"):
+        for value in (*evaluation[who]["per_class"][:3], evaluation[who]["pixel_accuracy"]):
+            assert (value, f"{100 * value:.1f} %") in page.numbers
+    shares = [count / 47_000 for count in evaluation["pixels_per_class"]]
+    assert {share for share, _ in page.numbers} >= set(shares)
+    assert (47_000, "47,000") in page.numbers
+    assert "in percent of its pixels" in page.text
+    assert "same class for 96.2 % of the test pixels" in page.text
+    # None of the counts that classification has.
+    assert "Both right" not in page.text and "Inputs" not in page.text.replace("Inputs at", "")
+    assert not [tag for tag, _ in page.tags if tag == "script"] and HOSTILE in page.text
+    # Pixels are of unequal classes in real data, too, and no sheet has rows by class.
+    assert "Even columns are good" not in page.text and "counted in pixels" in page.text
+    assert "class that the teacher gives it" not in page.text
+    alts = [str(attributes["alt"]) for tag, attributes in page.tags if tag == "img"]
+    assert not [alt for alt in alts if "each class" in alt or "teacher’s class" in alt]
+
+
+def test_answers_are_shown_and_of_arms_the_headlines_first(tmp_path: Path) -> None:
+    single = _page([_write_dense(tmp_path / "run")], tmp_path / "report.html")
+    assert "What each says" in single.text
+    shown = [attributes for tag, attributes in single.tags if tag == "img"]
+    assert sum("what the networks answer" in str(one["alt"]) for one in shown) == 1
+    demo = _write_demo(tmp_path / "demo")
+    for index, name in enumerate(("noise", "dfad-bn", "real")):
+        save_png(np.full((6, 9, 3), index, np.uint8), demo / "arms" / name / "answers.png")
+    found = run_view(read_run(demo), name="demo", anchor="a")["answers"]
+    first = base64.b64encode((demo / "arms/dfad-bn/answers.png").read_bytes()).decode()
+    assert found[0]["uri"].endswith(first) and len(found) == 3
+    assert len({one["title"] for one in found}) == 3
+    page = _page([demo], tmp_path / "demo.html")
+    answered = [one for one in page.tags if "what the networks answer" in str(one[1].get("alt"))]
+    assert len(answered) == 3 and all(page.text.count(one["title"]) > 1 for one in found)
+    none = _page([_write_run(tmp_path / "none")], tmp_path / "none.html")
+    assert "What each says" not in none.text
+
+
+def test_answers_of_several_runs_stand_side_by_side(tmp_path: Path) -> None:
+    runs = [_write_dense(tmp_path / "one"), _write_dense(tmp_path / "two", score=0.5)]
+    found = comparison_view([read_run(run) for run in runs], ["one", "two"])
+    assert [one["title"] for one in found["answers"]] == ["one", "two"]
+    assert found["classes"]["title"] == "IoU by class" and found["heading"] == "mIoU"
+    page = _page(runs, tmp_path / "report.html")
+    assert "2 runs side by side, by test mIoU" in page.text
+    mixed = _page([runs[0], _write_run(tmp_path / "three")], tmp_path / "mixed.html")
+    assert "not comparable" in mixed.text and "judged by accuracy, one by mIoU" in mixed.text
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"unknown": {"deep": [1]}, "colours": "red"},
+        {"student": {"per_class": [0.5, 0.25]}, "colours": ["red;}", "#00ff7F"]},
+        {"student": {"score": 0.5, "per_class": [0.5, None]}, "pixels_per_class": [3]},
+        {"student": [1], "agreement": {"share": 0.5, "of": "tea"}},
+        {"student": {"miou": "x", "per_class": [0.5]}, "pixels_per_class": ["a"], "pixels": "b"},
+        {"agreement": 3, "confusion": {"student": [[1, 2]]}, "pixels_per_class": {"a": 1}},
+        {"student": {"miou": 0.5, "per_class": [0.1]}, "pixels_per_class": [0], "pixels": 0},
+    ],
+)
+def test_an_evaluation_of_any_task_still_gives_a_page(tmp_path: Path, told: dict) -> None:
+    run = _write_run(tmp_path / "run")
+    (run / "evaluation.json").write_text(json.dumps({"schema": 1, **told}))
+    html = write_report([run, run], tmp_path / "report.html").read_text(encoding="utf-8")
+    _Page(html)
+    assert "red;" not in html
+    assert ("background:#00ff7F" in html) is ("#00ff7F" in str(told))
 
 
 @pytest.mark.parametrize(("classes", "shown"), [(2, 2), (10, 10), (20, 20), (100, 15), (1000, 15)])

@@ -55,6 +55,19 @@ def test_the_share_moves_within_a_round():
     assert position.share == 1
 
 
+def test_the_score_that_counts_is_told_by_its_name():
+    position = Position()
+    assert position.judged == ""
+    scores = {"loss": 0.25, "miou": 0.6175}
+    position.follow(Event("evaluation", {"step": 1, "scores": scores, "metric": "miou"}))
+    assert position.judged == "test mIoU 61.8 %"
+    position.follow(Event("evaluation", {"step": 2, "scores": scores, "metric": "loss"}))
+    assert position.judged == "test loss 0.25"
+    # From a callback of one's own that knows only scores.
+    position.follow(Event("evaluation", {"step": 3, "scores": {"accuracy": 0.5}}))
+    assert position.judged == "test accuracy 50.0 %"
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [(0.2, "0 s"), (12, "12 s"), (89, "89 s"), (90, "2 min"), (7199, "120 min"), (7200, "2.0 h")],

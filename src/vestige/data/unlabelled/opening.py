@@ -9,7 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from vestige.data._layout import BUILT_IN, SPLITS, Part, check_split, data_folder, place_of
+from vestige.data._built_in import BUILT_INS
+from vestige.data._layout import SPLITS, Part, check_split, data_folder, place_of
 from vestige.data._npz import Images
 from vestige.data._pictures import SUFFIXES, Pictures
 from vestige.data.image import ImageSet, load_images
@@ -47,7 +48,7 @@ def find_unlabelled(name_or_path: str, split: str | None = None) -> Found:
     """
     if split is not None:
         check_split(split)
-    if name_or_path == BUILT_IN or _names_classes(name_or_path):
+    if name_or_path in BUILT_INS or _names_classes(name_or_path):
         ImageSet.find(name_or_path, split or "train")
         return Found("labelled", name_or_path, Part(Path(), "whole", split or "train"))
     try:

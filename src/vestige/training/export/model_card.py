@@ -10,7 +10,12 @@ from torch import Tensor
 
 from vestige.training.files import write_bytes, write_text
 from vestige.training.report.run_folder import RunFolder
+from vestige.training.report.tables import metric_name
 
+# Of a card, what says best which network it is.
+_NAMES = ("model", "factory", "smp", "class")
+# Kinds of tasks on images, as the Hub names them.
+_PIPELINES = {"classification": "image-classification", "segmentation": "image-segmentation"}
 _PAGE = """\
 ---
 {front}---
@@ -53,13 +58,13 @@ In plain PyTorch:
 ```
 
 {inputs}
-{classes}{samples}"""
+{classes}{pictures}"""
 
 
 def write_model_card(
     folder: Path, run: RunFolder, card: Mapping[str, Any], weights: Mapping[str, Tensor]
 ) -> None:
-    """README.md and, where the run has them, samples.png.
+    """README.md and, where the run has them, samples.png and answers.png.
 
     Args:
         folder: beside the weights `model.safetensors` and the card `student.json`.
@@ -69,6 +74,8 @@ def write_model_card(
     """
     if run.samples is not None:
         write_bytes(folder / "samples.png", run.samples)
+    if run.answers is not None:
+        write_bytes(folder / "answers.png", run.answers)
     write_text(folder / "README.md", render(run, card, weights))
 
 
@@ -77,7 +84,7 @@ def render(run: RunFolder, card: Mapping[str, Any], weights: Mapping[str, Tensor
     summary = run.summary
     method = str(summary.get("method", "an unknown method"))
     variant = f" ({summary['variant']})" if summary.get("variant") else ""
-    student = str(card.get("model") or card.get("factory") or card.get("class") or "A network")
+    student = next((str(card[key]) for key in _NAMES if card.get(key)), "A network")
     known = summary.get("student") or {}
     counted = known.get("parameters") or sum(value.numel() for value in weights.values())
     learned = "No real data was read to train it: it learned from the teacher alone."
@@ -101,10 +108,15 @@ def render(run: RunFolder, card: Mapping[str, Any], weights: Mapping[str, Tensor
         load=_load(card),
         plain=_plain(card),
         inputs=_inputs(card),
-        classes=_classes(card),
-        samples="\nWhat the student learned from:\n\n![synthetic inputs](samples.png)\n"
-        if run.samples is not None
-        else "",
+        classes=_classes(card, str(summary.get("task"))),
+        pictures="".join(
+            f"\n{told}:\n\n![{what}]({file})\n"
+            for told, what, file, data in (
+                ("What it answers to test inputs", "answers", "answers.png", run.answers),
+                ("What it learned from", "synthetic inputs", "samples.png", run.samples),
+            )
+            if data is not None
+        ),
     )
 
 
@@ -114,19 +126,19 @@ def _front(summary: Mapping[str, Any], card: Mapping[str, Any], method: str) -> 
         tags.insert(1, "data-free")
     front: dict[str, Any] = {"library_name": "vestige", "tags": tags}
     kind = card.get("input", {}).get("kind", "image")
-    images = kind == "image" and summary.get("task") == "classification"
-    if images:
-        front["pipeline_tag"] = "image-classification"
+    pipeline = _PIPELINES.get(str(summary.get("task"))) if kind == "image" else None
+    if pipeline:
+        front["pipeline_tag"] = pipeline
     score = (summary.get("student") or {}).get("score")
     judged = [one for one in summary.get("real_data", ()) if one["purpose"] == "evaluation"]
-    if score is not None and judged and images:
+    if score is not None and judged and pipeline:
         name, _, split = str(judged[0]["name"]).partition("/")
         front["model-index"] = [
             {
                 "name": str(card.get("model") or "student"),
                 "results": [
                     {
-                        "task": {"type": "image-classification"},
+                        "task": {"type": pipeline},
                         "dataset": {"name": name, "type": name, "split": split or "test"},
                         "metrics": [{"type": str(summary["metric"]), "value": score}],
                     }
@@ -164,7 +176,7 @@ def _scores(summary: Mapping[str, Any]) -> str:
     if student.get("score") is None:
         return "The run was not judged on real data."
     rows = [
-        f"| | {metric} |",
+        f"| | {metric_name(str(metric))} |",
         "| --- | --- |",
         f"| student, after the last step | **{student['score']:.4f}** |",
         f"| student, best of all evaluations | {student['best_score']:.4f} |",
@@ -210,7 +222,7 @@ def _making(run: RunFolder) -> str:
 
 
 def _load(card: Mapping[str, Any]) -> str:
-    if {"factory", "model"} & set(card):
+    if {"factory", "model", "smp"} & set(card):
         return '"student.json"'
     return '{"factory": "your_package.module:make_network", "weights": "model.safetensors"}'
 
@@ -232,6 +244,17 @@ def _plain(card: Mapping[str, Any]) -> str:
             f"network = build_model({card['model']!r}, spec, {card['num_classes']}"
             f"{', ' + args if args else ''})",
         ]
+    elif card.get("smp"):
+        architecture, _, encoder = str(card["smp"]).partition("/")
+        given = {"encoder_name": encoder} if encoder else {}
+        given |= {"encoder_weights": None, "classes": card["num_classes"]}
+        given |= {"in_channels": card["input"]["channels"], **(card.get("args") or {})}
+        args = "".join(f", {key}={value!r}" for key, value in given.items())
+        lines += [
+            "import segmentation_models_pytorch as smp",
+            "",
+            f"network = smp.create_model({architecture!r}{args})",
+        ]
     else:
         made = str(card.get("class", "your_package:Network")).rpartition(":")[2]
         lines += ["", f"network = {made}(...)  # the class that was handed in"]
@@ -251,10 +274,11 @@ def _inputs(card: Mapping[str, Any]) -> str:
     )
 
 
-def _classes(card: Mapping[str, Any]) -> str:
+def _classes(card: Mapping[str, Any], task: str) -> str:
     names = card.get("classes") or ()
     listed = ", ".join(map(str, names)) if names else "their names are not known"
-    return f"Answers are logits of {card['num_classes']} classes: {listed}.\n"
+    where = " at every pixel" if task == "segmentation" else ""
+    return f"Answers are logits of {card['num_classes']} classes{where}: {listed}.\n"
 
 
 def _plain_text(teacher: Any) -> str:

@@ -181,7 +181,7 @@ def _built(
 ) -> nn.Module:
     if network is not None and factory is not None:
         raise RecipeError("network and factory: got both, expected one of them; leave one out")
-    if network is None and factory is None and not {"factory", "model"} & set(card):
+    if network is None and factory is None and not {"factory", "model", "smp"} & set(card):
         raise TeacherError(
             f"got the run {run}, whose student ({card.get('class', 'a network')}) was handed in "
             "from Python, so its card cannot build it; name what makes such a network "

@@ -21,7 +21,13 @@ from vestige.training.report.charts import (
 CONFUSION_CLASSES = 20
 
 
-def confusion(counts: Sequence[Sequence[float]], *, title: str, names: Sequence[str] = ()) -> str:
+def confusion(
+    counts: Sequence[Sequence[float]],
+    *,
+    title: str,
+    names: Sequence[str] = (),
+    in_shares: bool = False,
+) -> str:
     """Counts by true class (rows) and answer (columns), shaded by the share of the row.
 
     Right answers are in the first colour and mistakes in the second, so that the two are not told
@@ -31,6 +37,8 @@ def confusion(counts: Sequence[Sequence[float]], *, title: str, names: Sequence[
         counts: (K, K), not negative, K from 1 to 20.
         title: read out by screen readers and shown on hovering.
         names: class names; numbers where it is empty or too short.
+        in_shares: print whole percents of the row's sum in place of the counts, which have no room
+            where they are large; what is below half a percent stays empty.
 
     Returns:
         One `<svg>` element.
@@ -65,6 +73,8 @@ def confusion(counts: Sequence[Sequence[float]], *, title: str, names: Sequence[
             label = f"{shown[row]} taken for {shown[column]}: {plain(value)}"
             if row == column:
                 label = f"{shown[row]}, right: {plain(value)}"
+            if in_shares:
+                label += f" ({percent(share)})"
             parts.append(
                 f'<rect x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" '
                 f'style="fill:var(--line, #ddd)" fill-opacity="0.5"/>'
@@ -72,10 +82,11 @@ def confusion(counts: Sequence[Sequence[float]], *, title: str, names: Sequence[
                 f'fill-opacity="{depth:.2f}" style="fill:{colour(0 if row == column else 1)}">'
                 f"<title>{escape(label)}</title></rect>"
             )
-            if usable(value) and value > 0:
-                ink = "--paper, #fff" if depth > 0.6 else "--ink, #222"
+            printed = f"{100 * share:.0f}" if in_shares else plain(value)
+            if usable(value) and value > 0 and printed != "0":
+                ink = "--paper, #fff" if depth > 0.8 else "--ink, #222"
                 at = x + (cell - 1) / 2
-                parts.append(text_at(plain(value), at, y + cell / 2 + 4, "middle", ink))
+                parts.append(text_at(printed, at, y + cell / 2 + 4, "middle", ink))
     parts.append(text_at("true class ↓", 0, 14, "start"))
     parts.append(text_at("answer →", max(left, 96), 14, "start"))
     return "".join([*parts, "</svg>"])

@@ -1,6 +1,7 @@
 """How the student does on real test data, class by class and beside its teacher."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from vestige.training.report.run_folder import RunFolder
 from vestige.training.report.tables import mapping, number, sequence
 
 _ALL, _WORST, _BEST = 20, 10, 5
+_COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
 _CASES = (
     ("both_right", "Both right"),
     ("student_alone_right", "Student right, teacher wrong"),
@@ -22,19 +24,29 @@ _CASES = (
 
 
 def per_class(run: RunFolder, who: str) -> list[float]:
-    """Accuracy of "student" or "teacher" by class; NaN where a class has no inputs."""
+    """Scores of "student" or "teacher" by class; NaN where a class has nothing to judge on."""
     values = sequence(mapping(run.evaluation.get(who)).get("per_class"))
     return [number(value) for value in values]
 
 
+def title_of(run: RunFolder) -> str:
+    """What the scores by class are, at the head of their table."""
+    return f"{tables.heading(tables.class_score(run.evaluation))} by class"
+
+
 def classes_view(run: RunFolder) -> dict[str, Any] | None:
-    """Everything the page shows of `evaluation.json`, or None where there is none."""
+    """Everything the page shows of `evaluation.json`, or None where there is none.
+
+    What is shown depends on the keys that are there, not on the task: counts may be of inputs or of
+    pixels, and keys that nobody knows are left out.
+    """
     student = per_class(run, "student")
     agreement = _agreement(run)
     if not any(map(math.isfinite, student)):
-        return {"inputs": _inputs(run), "agreement": agreement} if agreement else None
+        return {**_asked(run), "agreement": agreement} if agreement else None
     teacher = _fitting(per_class(run, "teacher"), len(student))
-    counts = [number(value) for value in sequence(run.evaluation.get("inputs_per_class"))]
+    counted, counts = _counts(run)
+    colours = sequence(run.evaluation.get("colours"))
     names = class_names(run, len(student))
     many = len(student) > _ALL
     order = worst_first(student)
@@ -48,13 +60,15 @@ def classes_view(run: RunFolder) -> dict[str, Any] | None:
     )
 
     def row(index: int) -> dict[str, Any]:
-        asked = counts[index] if index < len(counts) else math.nan
+        count = counts[index] if index < len(counts) else (math.nan, "–")
+        colour = str(colours[index]) if index < len(colours) else ""
         own = tables.format_share(student[index])
         return {
             "name": names[index],
             "student": exact(student[index], own),
             "teacher": exact(teacher[index], tables.format_share(teacher[index])),
-            "inputs": exact(asked, tables.format_count(asked)),
+            "count": exact(*count),
+            "colour": colour if _COLOUR.fullmatch(colour) else "",
             "bar": safe(
                 charts.bar(
                     student[index],
@@ -66,7 +80,10 @@ def classes_view(run: RunFolder) -> dict[str, Any] | None:
         }
 
     return {
-        "inputs": _inputs(run),
+        **_asked(run),
+        "title": title_of(run),
+        "counted": counted,
+        "scores": _scores(run),
         "classes": len(student),
         "has_teacher": any(map(math.isfinite, teacher)),
         "groups": [(title, [row(index) for index in rows]) for title, rows in groups],
@@ -84,13 +101,42 @@ def worst_first(values: Sequence[float]) -> list[int]:
 
 
 def agreement_of(run: RunFolder) -> float:
-    """Share of the test inputs on which student and teacher give the same class, or NaN."""
+    """Share of the test inputs, or pixels, that student and teacher give the same class, or NaN."""
     return number(mapping(run.evaluation.get("agreement")).get("share"))
 
 
-def _inputs(run: RunFolder) -> dict[str, str]:
-    value = number(run.evaluation.get("inputs"))
-    return exact(value, tables.format_count(value))
+def _asked(run: RunFolder) -> dict[str, Any]:
+    """How many test inputs there were, and pixels where each was judged."""
+    inputs, pixels = (number(run.evaluation.get(key)) for key in ("inputs", "pixels"))
+    return {
+        "inputs": exact(inputs, tables.format_count(inputs)),
+        "pixels": exact(pixels, tables.format_count(pixels)) if math.isfinite(pixels) else None,
+    }
+
+
+def _counts(run: RunFolder) -> tuple[str, list[tuple[float, str]]]:
+    """What each class is judged on: a heading, and numbers as machines and people read them."""
+    pixels = [number(value) for value in sequence(run.evaluation.get("pixels_per_class"))]
+    if pixels:
+        # Their number says little; that a class is rare explains much.
+        shares = charts.shares_of(pixels) or [math.nan] * len(pixels)
+        return "Pixels", [(share, tables.format_share(share)) for share in shares]
+    inputs = [number(value) for value in sequence(run.evaluation.get("inputs_per_class"))]
+    return "Inputs" if inputs else "", [(value, tables.format_count(value)) for value in inputs]
+
+
+def _scores(run: RunFolder) -> list[dict[str, Any]]:
+    """Scores over all classes, where there are several; one alone is the headline already."""
+    known = [mapping(run.evaluation.get(who)) for who in ("student", "teacher")]
+    names = [name for name, value in known[0].items() if math.isfinite(number(value))]
+    if len(names) < 2:
+        return []
+    rows = []
+    for name in names:
+        values = [number(one.get(name)) for one in known]
+        cells = [exact(value, tables.format_score(value, name)) for value in values]
+        rows.append({"name": tables.heading(name), "student": cells[0], "teacher": cells[1]})
+    return rows
 
 
 def _fitting(values: list[float], count: int) -> list[float]:
@@ -114,8 +160,10 @@ def _confusion(run: RunFolder, names: Sequence[str]) -> list[dict[str, Any]]:
     for who in ("student", "teacher"):
         rows = [[number(value) for value in sequence(row)] for row in sequence(found.get(who))]
         if rows and len(rows) <= heat_charts.CONFUSION_CLASSES:
+            in_shares = "pixels" in run.evaluation
             title = f"What the {who} answers, by true class"
-            svg = heat_charts.confusion(rows, title=title, names=names)
+            title += ", in percent of its pixels" if in_shares else ""
+            svg = heat_charts.confusion(rows, title=title, names=names, in_shares=in_shares)
             out.append({"title": title, "svg": safe(svg)})
     return out
 
@@ -143,7 +191,7 @@ def _agreement(run: RunFolder) -> dict[str, Any] | None:
     if not math.isfinite(share):
         return None
     rows = []
-    for key, title in _CASES:
+    for key, title in _CASES if any(key in found for key, _ in _CASES) else ():
         count = number(found.get(key))
         part = count / inputs if inputs > 0 else math.nan
         rows.append(
@@ -158,4 +206,5 @@ def _agreement(run: RunFolder) -> dict[str, Any] | None:
                 ),
             }
         )
-    return {"share": exact(share, tables.format_share(share)), "rows": rows}
+    of = "pixels" if "pixels" in run.evaluation else "inputs"
+    return {"share": exact(share, tables.format_share(share)), "of": of, "rows": rows}

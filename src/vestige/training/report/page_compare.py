@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vestige.training.report import charts, page_origins, tables
-from vestige.training.report.page_classes import agreement_of, per_class, worst_first
+from vestige.training.report.page_classes import agreement_of, per_class, title_of, worst_first
 from vestige.training.report.page_curves import has_places, round_chart, score_chart
 from vestige.training.report.page_values import (
     class_names,
@@ -18,7 +18,6 @@ from vestige.training.report.page_values import (
     safe,
     score_of,
     stopped_early,
-    words,
 )
 from vestige.training.report.run_folder import RunFolder
 from vestige.training.report.tables import UNKNOWN, mapping, number, sequence
@@ -47,7 +46,8 @@ def comparison_view(runs: Sequence[RunFolder], names: Sequence[str]) -> dict[str
     teacher = teachers.pop() if len(teachers) == 1 else math.nan
     by_student = has_places(alike, "student_steps")
     return {
-        "metric": words(metric) if len({metric_of(run) for run in runs}) == 1 else "",
+        "metric": tables.metric_name(metric) if len({metric_of(run) for run in runs}) == 1 else "",
+        "heading": tables.heading(metric),
         "rows": rows,
         "has_gaps": any(row["gap_closed"]["value"] for row in rows),
         "has_agreement": any(row["agreement"]["value"] for row in rows),
@@ -73,6 +73,11 @@ def comparison_view(runs: Sequence[RunFolder], names: Sequence[str]) -> dict[str
             for name, run in zip(names, runs, strict=True)
             if (data := run.samples or run.headline.samples)
         ],
+        "answers": [
+            {"title": name, "uri": picture(data)}
+            for name, run in zip(names, runs, strict=True)
+            if (data := run.answers or run.headline.answers)
+        ],
         "classes": _classes(alike),
     }
 
@@ -83,7 +88,8 @@ def not_comparable(run: RunFolder, first: RunFolder, name: str) -> list[str]:
         return []
     reasons = []
     if metric_of(run) != metric_of(first):
-        reasons.append(f"judged by {words(metric_of(run))}, {name} by {words(metric_of(first))}")
+        judged = [tables.metric_name(metric_of(one)) for one in (run, first)]
+        reasons.append(f"judged by {judged[0]}, {name} by {judged[1]}")
     teachers = [str(one.record.get("teacher_fingerprint") or "") for one in (run, first)]
     if "" in teachers:
         if teachers[0] != teachers[1] or score_of(run, "teacher") != score_of(first, "teacher"):
@@ -125,7 +131,7 @@ def _row(run: RunFolder, name: str, index: int, reasons: Sequence[str]) -> dict[
         "name": name,
         "anchor": f"run-{index}",
         "method": " + ".join([tables.method_name(summary), *plugins]),
-        "metric": words(metric),
+        "metric": tables.metric_name(metric),
         "seed": page_origins.plain(summary.get("seed", UNKNOWN)),
         "reasons": list(reasons),
         "stopped": stopped_early(run),
@@ -164,7 +170,7 @@ def _test_data(run: RunFolder) -> tuple[Any, ...] | None:
 
 
 def _classes(runs: Sequence[tuple[str, RunFolder]]) -> dict[str, Any] | None:
-    """Accuracy by class of the runs that know it; of many classes those with the lowest mean."""
+    """The score of each class in the runs that know it; of many those with the lowest mean."""
     known = [(name, run, values) for name, run in runs if (values := per_class(run, "student"))]
     if len(known) < 2 or len({len(values) for _, _, values in known}) > 1:
         return None
@@ -183,6 +189,7 @@ def _classes(runs: Sequence[tuple[str, RunFolder]]) -> dict[str, Any] | None:
             cells.append({"shade": shade, **exact(value, tables.format_share(value))})
         rows.append({"name": names[index], "cells": cells})
     return {
+        "title": title_of(known[0][1]),
         "names": [name for name, *_ in known],
         "rows": rows,
         "left_out": count - len(shown),

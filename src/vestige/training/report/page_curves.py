@@ -6,7 +6,7 @@ from typing import Any
 
 from vestige.training.report import charts, heat_charts, tables
 from vestige.training.report.charts import Series
-from vestige.training.report.page_values import class_names, in_order, safe, words
+from vestige.training.report.page_values import class_names, in_order, safe
 from vestige.training.report.run_folder import RunFolder
 from vestige.training.report.tables import mapping, number, sequence
 
@@ -30,7 +30,7 @@ def score_chart(
     )
     what = {"step": "steps", "student_steps": "student steps"}.get(x_key, x_key)
     return chart(
-        f"Test {words(metric)} over {what}",
+        f"Test {tables.metric_name(metric)} over {what}",
         series,
         x_label={"step": "step", "student_steps": "student step"}.get(x_key, x_key),
         share=share,
@@ -76,7 +76,7 @@ def term_charts(run: RunFolder) -> list[dict[str, Any]]:
             curve[number(line.get("step"))] = number(value)
     out = []
     for key, points in curves.items():
-        name = " · ".join(words(part) for part in key if part)
+        name = " · ".join(part.replace("_", " ") for part in key if part)
         line_of = Series(name, in_order(points), strong=True)
         made = chart(name, [line_of], x_label="step", width=340, height=190)
         if made:

@@ -26,7 +26,6 @@ from vestige.training.report.page_values import (
     safe,
     score_of,
     stopped_early,
-    words,
 )
 from vestige.training.report.run_folder import RunFolder
 from vestige.training.report.tables import UNKNOWN, ArmRow, mapping, number, sequence
@@ -63,7 +62,7 @@ def run_view(run: RunFolder, *, name: str, anchor: str) -> dict[str, Any]:
         "note": str(run.summary.get("note") or ""),
         "stopped": _stopped(everyone),
         "figures": _figures(run, headline, metric),
-        "metric": metric,
+        "metric": tables.heading(metric),
         "arms": [_arm_view(row, run, metric) for row in rows],
         "teacher": exact(teacher, tables.format_score(teacher, metric)),
         "sheets": _sheets(run, chosen, parts),
@@ -75,12 +74,14 @@ def run_view(run: RunFolder, *, name: str, anchor: str) -> dict[str, Any]:
             for x_key in ("step", "seconds")
             if has_places(parts, x_key) and (made := score_chart(parts, metric, teacher, x_key))
         ],
+        "answers": _answers(run, chosen, parts),
         "classes": classes_view(run if run.evaluation else chosen),
         "agreement": round_chart(parts, "agreement", "Same answer as the teacher on new inputs"),
         "modes": round_chart(
             parts, "train_eval_agreement", "Same answer of the student in train and eval mode"
         ),
         "strips": class_strips(parts),
+        "in_pixels": "pixels" in (run.evaluation or chosen.evaluation),
         "terms": term_charts(chosen),
         "terms_of": next((title for title, arm in parts if arm is chosen), ""),
         "warnings": sum(item["level"] == "warning" for item in _findings(chosen)),
@@ -112,7 +113,9 @@ def _sentence(run: RunFolder, headline: ArmRow | None, metric: str) -> str:
         return "This run has no score yet." if run.summary else "This run has no summary yet."
     size = tables.format_size(number(mapping(run.summary.get("student")).get("parameters")))
     who = f"A student with {size} parameters" if size != UNKNOWN else "The student"
-    clauses = [f"{who} reaches {tables.format_score(score, metric)} test {words(metric)}"]
+    clauses = [
+        f"{who} reaches {tables.format_score(score, metric)} test {tables.metric_name(metric)}"
+    ]
     if math.isfinite(teacher := score_of(run, "teacher")):
         clauses.append(f"its teacher has {tables.format_score(teacher, metric)}")
     if _is_data_free(run, headline):
@@ -162,13 +165,13 @@ def _figures(run: RunFolder, headline: ArmRow | None, metric: str) -> list[dict[
             "Student",
             score,
             tables.format_score(score, metric),
-            f"test {words(metric)}, last step" + (f"; {interval}" if interval else ""),
+            f"test {tables.metric_name(metric)}, last step" + (f"; {interval}" if interval else ""),
         ),
         (
             "Teacher",
             number(teacher.get("score")),
             tables.format_score(number(teacher.get("score")), metric),
-            f"test {words(metric)}",
+            f"test {tables.metric_name(metric)}",
         ),
         (
             "Student size",
@@ -266,6 +269,17 @@ def _gallery(run: RunFolder, parts: Sequence[tuple[str, RunFolder]]) -> list[dic
     found = [(title, arm.samples) for title, arm in parts if title and arm.samples]
     if not run.summary.get("note") or len(found) < 2:
         return []
+    return [{"title": title, "uri": picture(data)} for title, data in found if data]
+
+
+def _answers(
+    run: RunFolder, chosen: RunFolder, parts: Sequence[tuple[str, RunFolder]]
+) -> list[dict[str, str]]:
+    """What was answered to a few test inputs, by the shown student first."""
+    first = run.answers or chosen.answers
+    of = next((title for title, arm in parts if arm is chosen), "")
+    found = [(of, first)] if first else []
+    found += [(title, arm.answers) for title, arm in parts if arm.answers and arm.answers != first]
     return [{"title": title, "uri": picture(data)} for title, data in found if data]
 
 

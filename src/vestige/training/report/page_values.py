@@ -11,8 +11,10 @@ from vestige.training.report.tables import mapping, number, sequence
 
 
 def metric_of(run: RunFolder) -> str:
-    """Name of the metric that a run is judged by."""
-    return str(run.summary.get("metric") or "accuracy")
+    """Name of the metric that a run is judged by; of a run that was cut off the first it wrote."""
+    told = run.summary.get("metric") or run.evaluation.get("metric")
+    scores = (mapping(line.get("scores")) for line in run.metrics)
+    return str(told or next((next(iter(one)) for one in scores if one), "accuracy"))
 
 
 def score_of(run: RunFolder, who: str) -> float:
@@ -91,11 +93,6 @@ def safe(svg: str) -> Any:
     from markupsafe import Markup
 
     return Markup(svg)
-
-
-def words(metric: str) -> str:
-    """A name as people write it."""
-    return metric.replace("_", " ")
 
 
 def picture(data: bytes) -> str:

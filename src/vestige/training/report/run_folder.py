@@ -26,6 +26,7 @@ class RunFolder:
         notes: one sentence for each thing that is missing or damaged.
         evaluation: `evaluation.json`, or empty.
         over_time: bytes of a whole `samples-over-time.png`, or None.
+        answers: bytes of a whole `answers.png`, or None.
         selection: `selection.json`, or empty.
         selection_picture: bytes of a whole `selection.png`, or None.
     """
@@ -40,6 +41,7 @@ class RunFolder:
     notes: list[str] = field(default_factory=list)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     over_time: bytes | None = None
+    answers: bytes | None = None
     selection: Mapping[str, Any] = field(default_factory=dict)
     selection_picture: bytes | None = None
 
@@ -79,6 +81,7 @@ def read_run(folder: Path, *, sub_run: bool = False) -> RunFolder:
         # Not every task and input has them, and older runs do not.
         evaluation=_read_json(folder / "evaluation.json", notes, needed=False),
         over_time=_read_png(folder / "samples-over-time.png", notes, needed=False),
+        answers=_read_png(folder / "answers.png", notes, needed=False),
         selection=_read_json(folder / "selection.json", notes, needed=False),
         selection_picture=_read_png(folder / "selection.png", notes, needed=False),
     )

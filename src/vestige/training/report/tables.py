@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
+_NAMES = {"miou": "mIoU", "iou": "IoU", "auc": "AUC", "f1": "F1"}
+# What "per_class" of an evaluation holds, by the score of all classes that stands beside it.
+_PER_CLASS = {"accuracy": "accuracy", "miou": "IoU"}
 _SHARES = ("accuracy", "agreement", "iou", "f1", "auc", "rate", "recall", "precision")
 UNKNOWN = "–"
 
@@ -79,7 +82,14 @@ def arms_table(summary: Mapping[str, Any]) -> "Table":
     table = Table(caption=_teacher_line(summary))
     table.add_column("arm", overflow="fold")
     for heading in (
-        *(metric, "gap closed", "seconds", "teacher passes", "images made", "real images read"),
+        *(
+            metric_name(metric),
+            "gap closed",
+            "seconds",
+            "teacher passes",
+            "images made",
+            "real images read",
+        ),
     ):
         table.add_column(heading, justify="right")
     for row in arm_rows(summary):
@@ -119,15 +129,16 @@ def method_name(summary: Mapping[str, Any]) -> str:
 def result_figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The figures of a single run that are known, each with its label, ready to show."""
     metric = str(summary.get("metric") or "score")
+    name = metric_name(metric)
     teacher, student = mapping(summary.get("teacher")), mapping(summary.get("student"))
     plugins = [str(plugin) for plugin in sequence(summary.get("plugins"))]
     memory = number(summary.get("peak_memory_mib"))
     result, passes = mapping(summary.get("result")), mapping(summary.get("teacher_passes"))
     figures = [
         ("method", " + ".join([method_name(summary), *plugins])),
-        (f"student {metric}, last step", format_score(number(student.get("score")), metric)),
-        (f"student {metric}, best step", format_score(number(student.get("best_score")), metric)),
-        (f"teacher {metric}", format_score(number(teacher.get("score")), metric)),
+        (f"student {name}, last step", format_score(number(student.get("score")), metric)),
+        (f"student {name}, best step", format_score(number(student.get("best_score")), metric)),
+        (f"teacher {name}", format_score(number(teacher.get("score")), metric)),
         ("student parameters", format_size(number(student.get("parameters")))),
         ("teacher parameters", format_size(number(teacher.get("parameters")))),
         ("steps", format_count(number(summary.get("steps")))),
@@ -154,6 +165,23 @@ def for_training(record: object) -> bool:
 def record_name(record: object) -> str:
     """The name of a record of real data, which is a mapping or the bare name."""
     return str(record.get("name") or UNKNOWN) if isinstance(record, Mapping) else str(record)
+
+
+def metric_name(metric: str) -> str:
+    """A metric as people write it."""
+    return _NAMES.get(metric.lower(), metric.replace("_", " "))
+
+
+def heading(metric: str) -> str:
+    """A metric at the head of a column."""
+    name = metric_name(metric)
+    return name if name != name.lower() else name.capitalize()
+
+
+def class_score(evaluation: Mapping[str, Any]) -> str:
+    """What the scores by class in an `evaluation.json` are; "score" where it does not say."""
+    known = mapping(evaluation.get("student"))
+    return next((name for key, name in _PER_CLASS.items() if key in known), "score")
 
 
 def is_share(metric: str) -> bool:

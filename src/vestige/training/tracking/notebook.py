@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from vestige.training.report.tables import metric_name
 from vestige.training.tracking import Callback, Event
 from vestige.training.tracking.position import Position, duration
 
@@ -26,7 +27,9 @@ def as_table(position: Position) -> str:
         rows.append((f"{role} loss", values))
     if position.agreement is not None:
         rows.append(("agreement on fresh inputs", f"{position.agreement:.1%}"))
-    rows += [(f"test {name}", f"{value:.4g}") for name, value in position.scores.items()]
+    rows += [
+        (f"test {metric_name(name)}", f"{value:.4g}") for name, value in position.scores.items()
+    ]
     rows += [("noticed", message) for message in position.warnings]
     return table(rows)
 
@@ -106,7 +109,9 @@ def _bar() -> Iterator[Callable[[Event], None]]:
         position.follow(event)
         left = position.left_s
         notes = ["" if left is None or position.over else f"{duration(left)} left"]
-        notes += [f"test {name} {value:.4g}" for name, value in position.scores.items()]
+        notes += [
+            f"test {metric_name(name)} {value:.4g}" for name, value in position.scores.items()
+        ]
         note = "  ".join(part for part in notes if part)
         bar.update(task, completed=position.share, note=note)
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from vestige.training.report.tables import format_score, metric_name
 from vestige.training.tracking.events import Event
 
 
@@ -19,6 +20,7 @@ class Position:
         terms: the latest loss terms by role.
         agreement: with the teacher on the fresh inputs of the last round.
         scores: of the last evaluation.
+        metric: the score that counts.
         warnings: what was noticed.
         over: whether the run is at its end.
     """
@@ -30,6 +32,7 @@ class Position:
     terms: dict[str, Mapping[str, float]] = field(default_factory=dict)
     agreement: float | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
+    metric: str = ""
     warnings: list[str] = field(default_factory=list)
     over: bool = False
     _first: tuple[int, float] = (0, 0.0)
@@ -47,6 +50,7 @@ class Position:
             self.terms.update(data["terms"])
         elif event.kind == "evaluation":
             self.scores = data["scores"]
+            self.metric = data.get("metric") or next(iter(self.scores), "")
         elif event.kind == "round":
             self._last = time.monotonic()
             # A resumed run begins somewhere: its pace is counted from the first round seen.
@@ -59,6 +63,14 @@ class Position:
             self.warnings.append(data["message"])
         elif event.kind == "end":
             self.over = True
+
+    @property
+    def judged(self) -> str:
+        """The last score that counts, in words; "" before there was one."""
+        if self.metric not in self.scores:
+            return ""
+        score = format_score(self.scores[self.metric], self.metric)
+        return f"test {metric_name(self.metric)} {score}"
 
     @property
     def share(self) -> float:
