@@ -115,6 +115,7 @@ def recipe_keys() -> str:
         "input": schema.InputConfig,
         "student": schema.ModelConfig,
         "sources.NAME": schema.SourceConfig,
+        "sources.NAME.parts.PART": schema.PartConfig,
         "plugins": schema.PluginConfig,
         "arms.NAME": schema.ArmConfig,
         "trainer": TrainerConfig,

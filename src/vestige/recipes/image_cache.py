@@ -256,8 +256,13 @@ def _tell(raw: Unlabelled, card: Mapping[str, Any]) -> None:
     skipped = Skipped(raw.left_out.count + skipped.count, (*skipped.first, *raw.left_out.first)[:5])
     if skipped.count:
         logger.warning(
-            "%s files of '%s' are left out, %s images are used: %s%s",
-            *(f"{skipped.count:,}", raw.name, f"{card['rows']:,}", "; ".join(skipped.first)),
+            "%s of '%s' left out, %s images are used: %s%s",
+            *(
+                "1 file" if skipped.count == 1 else f"{skipped.count:,} files",
+                raw.name,
+                f"{card['rows']:,}",
+                "; ".join(skipped.first),
+            ),
             "; ..." if skipped.count > len(skipped.first) else "",
         )
     if card["repeated"]:

@@ -137,7 +137,7 @@ def as_bytes(images: Images | Pictures, spec: InputSpec) -> Iterator[Images]:
 
 def row_hashes(images: Images) -> Hashes:
     """A number for each image (n, ...), the same for the same bytes; (n,) uint64."""
-    rows = np.ascontiguousarray(images).reshape(len(images), -1)
+    rows = np.ascontiguousarray(images).reshape(len(images), int(np.prod(images.shape[1:])))
     digests = b"".join(hashlib.blake2b(row.data, digest_size=8).digest() for row in rows)
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 

@@ -93,7 +93,7 @@ def find_pictures(
     found.sort()
     found = found[rows(len(found))]
     if not found:
-        others = f" but {len(left_out)} files that are none" if left_out else ""
+        others = f" but {len(left_out)} other files" if left_out else ""
         raise DataError(
             f"got no pictures in {folder}{others}, expected at least one of {', '.join(SUFFIXES)} "
             "at any depth; put some there, or name an .npz or .npy file"

@@ -82,7 +82,8 @@ def _images(about: Mapping[str, Any]) -> str:
     told = [f"{tables.format_count(rows)} of {about.get('data')}"]
     if skipped > 0:
         first = "; ".join(map(str, tables.sequence(about.get("first_skipped"))))
-        told.append(f"{tables.format_count(skipped)} files left out ({first})")
+        files = "1 file" if skipped == 1 else f"{tables.format_count(skipped)} files"
+        told.append(f"{files} left out ({first})")
     if shift := tables.sequence(about.get("shift")):
         told.append(f"shifted by {', '.join(map(str, shift))}")
     return ", ".join(told)

@@ -34,11 +34,12 @@ def _source_view(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _row(name: str, counts: Mapping[str, Any]) -> dict[str, Any]:
+    wanted = counts.get("wanted")
     values = {key: number(counts.get(key)) for key in ("rows", "seen", "kept")}
     rate = number(counts.get("keep_rate"))
     return {
         "name": name,
-        "wanted": {True: "yes", False: "no"}.get(counts.get("wanted", ""), ""),
+        "wanted": "yes" if wanted is True else "no" if wanted is False else "",
         **{key: exact(value, tables.format_count(value)) for key, value in values.items()},
         "keep_rate": exact(rate, tables.format_share(rate)),
     }
