@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from vestige.core.modes import evaluating, flags, set_flags, train_mode
+from vestige.core.modes import evaluating, flags, set_flags, statistics_kept, train_mode
 
 
 def network() -> nn.Sequential:
@@ -69,3 +69,24 @@ def test_evaluating_restores_each_flag_also_after_an_error(error):
         pass
     assert flags(net) == before
     assert torch.equal(net[1].running_mean, statistics)
+
+
+def test_statistics_that_are_kept_do_not_move_and_normalise_by_the_batch_all_the_same():
+    net, inputs = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2)), torch.randn(9, 2) + 3
+    net[1].eval()
+    expected = net(inputs).detach()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with statistics_kept(net):
+        found = net(inputs)
+    assert torch.equal(found, expected)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert [layer.track_running_stats for layer in net] == [True, True]
+    net(inputs)
+    assert not torch.equal(net[0].running_mean, before["0.running_mean"])
+
+
+def test_statistics_move_again_after_an_error():
+    net = nn.BatchNorm1d(2)
+    with pytest.raises(ZeroDivisionError), statistics_kept(net):
+        raise ZeroDivisionError
+    assert net.track_running_stats

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from vestige.errors import RecipeError, ShapeError
-from vestige.losses.contrastive import info_nce
+from vestige.losses.contrastive import info_nce, nt_xent
 
 
 def draw(rows: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -116,3 +116,71 @@ def test_shapes_that_do_not_fit_are_refused(queries, keys, message):
     # Unwrapped, because the run-time type check of the test run would speak first.
     with pytest.raises(ShapeError, match=message):
         inspect.unwrap(info_nce)(torch.zeros(queries), torch.zeros(keys), temperature=0.1)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_equal_views_cost_the_logarithm_of_the_number_of_other_rows(rows):
+    view = draw(1, 4).repeat(rows, 1)
+    found = nt_xent(view, view, temperature=0.5)
+    torch.testing.assert_close(found, torch.full((rows,), math.log(2 * rows - 1)).double())
+
+
+def test_two_inputs_cost_what_is_computed_by_hand():
+    # Each row meets its other view at similarity 1 and both views of the other input at 0.
+    eye = torch.eye(2, dtype=torch.float64)
+    by_hand = math.log(1 + 2 * math.exp(-1 / 0.5))
+    torch.testing.assert_close(
+        nt_xent(eye, eye, temperature=0.5), torch.full((2,), by_hand).double()
+    )
+
+
+def test_it_agrees_with_a_loop_over_all_views():
+    first, second = draw(4, 5), draw(4, 5, seed=1)
+    every = torch.cat([first, second])
+    slow = []
+    for index in range(8):
+        other = (index + 4) % 8
+        weights = {
+            key: math.exp(float(every[index] @ every[key]) / 0.7)
+            for key in range(8)
+            if key != index
+        }
+        slow.append(-math.log(weights[other] / sum(weights.values())))
+    found = nt_xent(first, second, temperature=0.7)
+    means = [(slow[row] + slow[row + 4]) / 2 for row in range(4)]
+    np.testing.assert_allclose(found.numpy(), means, rtol=1e-10)
+
+
+def test_further_keys_are_negatives_and_rows_of_their_own_may_be_asked_apart():
+    first, second = draw(6, 5), draw(6, 5, seed=1)
+    whole = nt_xent(first, second, temperature=0.3)
+    # Of another process: its own rows come first among the keys.
+    order = [4, 5, 0, 1, 2, 3]
+    part = nt_xent(first[4:], second[4:], temperature=0.3, keys=(first[order], second[order]))
+    torch.testing.assert_close(part, whole[4:])
+
+
+def test_inputs_that_are_the_same_are_no_negatives_of_each_other():
+    first, second = draw(4, 5), draw(4, 5, seed=1)
+    same = torch.zeros(4, 4, dtype=torch.bool)
+    same[:2, :2] = True  # rows 0 and 1, each also with itself, which changes nothing
+    found = nt_xent(first, second, temperature=0.5, same=same)
+    rest = [0, 2, 3]
+    without = nt_xent(first[rest], second[rest], temperature=0.5)
+    torch.testing.assert_close(found[0], without[0])
+    torch.testing.assert_close(found[2:], nt_xent(first, second, temperature=0.5)[2:])
+    alone = nt_xent(first, second, temperature=0.5, same=torch.ones_like(same))
+    torch.testing.assert_close(alone, torch.zeros(4).double())
+
+
+def test_views_that_do_not_fit_are_refused():
+    ask = inspect.unwrap(nt_xent)
+    with pytest.raises(RecipeError, match="got temperature 0"):
+        ask(draw(2, 3), draw(2, 3), temperature=0)
+    for first, second, further in (
+        (draw(2, 3), draw(3, 3), {}),
+        (draw(2, 3), draw(2, 3), {"keys": (draw(1, 3), draw(1, 3))}),
+        (draw(2, 3), draw(2, 3), {"same": torch.ones(2, 3, dtype=torch.bool)}),
+    ):
+        with pytest.raises(ShapeError, match=r"expected \(B, d\) twice, \(N, d\) twice"):
+            ask(first, second, temperature=1.0, **further)

@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from vestige.errors import ShapeError
-from vestige.losses.feature import attention_map, attention_transfer_loss
+from vestige.losses.feature import (
+    attention_map,
+    attention_transfer_loss,
+    channel_weights,
+    classifier_alignment_loss,
+    weighted_feature_loss,
+)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -118,3 +124,73 @@ def test_features_that_are_no_maps_are_refused():
     # Unwrapped, because the run-time type check of the test run would speak first.
     with pytest.raises(ShapeError, match=r"got features \(2, 3\), expected maps.*before the pool"):
         inspect.unwrap(attention_map)(draw(2, 3))
+
+
+def test_channels_weigh_by_the_length_of_their_columns():
+    classifier = torch.tensor([[3.0, 0.0, 1.0], [4.0, 0.0, 0.0]])
+    # Lengths 5, 0, 1 with mean 2.
+    torch.testing.assert_close(channel_weights(classifier), torch.tensor([2.5, 0.0, 0.5]))
+    found = channel_weights(draw(7, 12))
+    assert found.mean().item() == pytest.approx(1, rel=1e-12)
+
+
+@pytest.mark.parametrize("classifier", [torch.eye(3), -torch.eye(4)[:, [2, 0]], torch.zeros(2, 5)])
+def test_channels_with_equal_columns_weigh_the_same(classifier):
+    assert torch.equal(channel_weights(classifier), torch.ones(classifier.shape[1]))
+
+
+def test_features_are_compared_by_direction_with_weighted_channels():
+    student, teacher, weights = draw(4, 3), draw(4, 3, seed=1), torch.tensor([0.5, 2.0, 0.0])
+    slow = []
+    for first, second in zip(student.numpy(), teacher.numpy(), strict=True):
+        own, other = (row / np.sqrt((row**2).sum()) for row in (first, second))
+        terms = zip(weights.tolist(), own, other, strict=True)
+        slow.append(sum((w * (a - b)) ** 2 for w, a, b in terms))
+    found = weighted_feature_loss(student, teacher, channels=weights.double())
+    np.testing.assert_allclose(found.numpy(), slow, rtol=1e-10)
+
+
+def test_features_agree_exactly_in_one_direction_and_not_in_the_opposite_one():
+    teacher = draw(5, 4)
+    lengths = torch.rand(5, 1, dtype=torch.float64) + 0.1
+    same = weighted_feature_loss(lengths * teacher, teacher)
+    # Unit vectors that round in the last digit.
+    torch.testing.assert_close(same, torch.zeros_like(same), rtol=0, atol=1e-30)
+    opposite = weighted_feature_loss(-lengths * teacher, teacher)
+    torch.testing.assert_close(opposite, torch.full_like(opposite, 4.0))
+    turned = weighted_feature_loss(teacher + 0.1 * draw(5, 4, seed=2), teacher)
+    assert (turned > 1e-5).all()
+
+
+def test_the_teachers_features_and_classifier_get_no_gradient():
+    student, teacher = draw(3, 4).requires_grad_(), draw(3, 4, seed=1).requires_grad_()
+    bias = draw(3, seed=2).requires_grad_()
+    loss = weighted_feature_loss(student, teacher).sum()
+    loss = loss + classifier_alignment_loss((student, None), (teacher, bias))
+    loss.backward()
+    assert student.grad is not None
+    assert student.grad.any()
+    assert teacher.grad is None
+    assert bias.grad is None
+
+
+def test_classifiers_are_compared_by_the_mean_square_of_weights_and_of_biases():
+    own, other = draw(3, 4), draw(3, 4, seed=1)
+    bias = torch.tensor([1.0, -2.0, 0.0]).double()
+    weights = sum((a - b) ** 2 for a, b in zip(own.flatten(), other.flatten(), strict=True)) / 12
+    found = classifier_alignment_loss((own, bias), (other, None))
+    assert found.item() == pytest.approx(weights.item() + 5 / 3, rel=1e-12)
+    both = classifier_alignment_loss((own, bias), (other, 2 * bias))
+    assert both.item() == pytest.approx(found.item(), rel=1e-12)
+    assert classifier_alignment_loss((own, bias), (own.clone(), bias.clone())).item() == 0
+
+
+def test_features_and_classifiers_of_other_shapes_are_refused():
+    # Unwrapped, because the run-time type check of the test run would speak first.
+    features, classifiers = map(inspect.unwrap, (weighted_feature_loss, classifier_alignment_loss))
+    with pytest.raises(ShapeError, match=r"\(2, 3\), teacher features \(2, 4\) and None channel"):
+        features(torch.zeros(2, 3), torch.zeros(2, 4))
+    with pytest.raises(ShapeError, match=r"and 4 channel weights, expected .* d weights"):
+        features(torch.zeros(2, 3), torch.zeros(2, 3), channels=torch.ones(4))
+    with pytest.raises(ShapeError, match=r"got weights \(2, 3\) and \(2, 4\)"):
+        classifiers((torch.zeros(2, 3), None), (torch.zeros(2, 4), None))

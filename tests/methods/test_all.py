@@ -21,6 +21,7 @@ from vestige.core.types import Batch, InputSpec, Loss, Prediction, Requires, Ste
 from vestige.errors import ContractError
 from vestige.recipes.build import build_method
 from vestige.recipes.catalog import METHODS
+from vestige.sources.images import TensorSource
 from vestige.sources.noise import NoiseSource
 from vestige.tasks.classification import Classification
 from vestige.teachers.white_box import WhiteBoxTeacher
@@ -63,6 +64,8 @@ OPTIONS = {
     "z_policy": "fresh",
     "generator_mode": "train",
     "log_base": "e",
+    "selection": "epoch",
+    "split_bn": True,
 }
 
 
@@ -117,9 +120,17 @@ def assemble(
         WhiteBoxTeacher(copy.deepcopy(teacher)) for _ in range(max(1, method.requires.teachers[0]))
     ]
     student = copy.deepcopy(student)
-    sources = {source: NoiseSource(SPEC) for source in method.requires.sources}
+    sources = {source: source_of(source) for source in method.requires.sources}
     built = build_method(name, cfg, task, teachers, student, sources, seed)
     return Job(cfg, built, task, teachers, student, sources, seed)
+
+
+def source_of(name: str) -> Source:
+    """Noise, or for a method that chooses among images some with numbers."""
+    if name != "foreign":
+        return NoiseSource(SPEC)
+    rows = torch.randn(40, *SPEC.shape, generator=torch.Generator().manual_seed(7))
+    return TensorSource(rows, origin="foreign", name="heap")
 
 
 def trainer(job: Job, out: Path | None = None, **given: Any) -> Trainer:

@@ -13,6 +13,7 @@ from vestige.models.factory import build_model
 from vestige.models.probes import (
     BatchNormProbe,
     FeatureProbe,
+    LinearProbe,
     batchnorm_layers,
     penultimate_layer,
     spatial_layers,
@@ -319,6 +320,30 @@ def test_probes_see_a_network_at_other_weights(teacher):
     with FeatureProbe(teacher, ["0"]) as probe:
         functional(teacher, weights)(inputs)
     torch.testing.assert_close(probe.features()[0], 2 * teacher[0](inputs))
+
+
+def test_a_linear_probe_sees_the_weights_of_that_moment():
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    inputs = torch.randn(5, 4)
+    moved = {"2.weight": torch.ones(2, 3, requires_grad=True), "0.bias": torch.ones(3)}
+    probe = LinearProbe(net, "2")
+    with probe:
+        logits = functional(net, moved)(inputs)
+    seen = probe.read()
+    assert seen.weight is moved["2.weight"]
+    assert torch.equal(seen.bias, net[2].bias)
+    torch.testing.assert_close(nn.functional.linear(*seen), logits)
+    with probe:
+        net(inputs)
+    assert probe.read().weight is net[2].weight
+    assert hooks(net) == 0
+
+
+def test_a_linear_probe_takes_linear_layers_alone():
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    for name, told in (("1", "a ReLU"), ("7", "not there"), ("", "a Sequential")):
+        with pytest.raises(TeacherError, match=f"got layer '{name}' .* {told}, expected a linear"):
+            LinearProbe(net, name)
 
 
 def test_what_enters_the_penultimate_layer_makes_the_logits():

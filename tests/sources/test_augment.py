@@ -14,6 +14,7 @@ from vestige.sources.augment import (
     draw_jitter,
     draw_shifts,
     jitter,
+    random_views,
     shift,
 )
 
@@ -322,3 +323,19 @@ def test_ranges_that_are_none_are_refused():
     for wrong in ({"brightness": 1.5}, {"contrast": -0.1}):
         with pytest.raises(RecipeError, match=r"expected values in \[0, 1\]"):
             draw_jitter(2, rng(), **wrong)
+
+
+def test_views_are_crops_or_parts_or_the_inputs_themselves():
+    spec, inputs = InputSpec.image(1, 6, 6, mean=(0.4,), std=(0.2,)), pictures(3, 1, 6, 6)
+    draws = rng()
+    before = draws.get_state()
+    assert random_views(inputs, spec, draws) is inputs
+    assert torch.equal(draws.get_state(), before)
+    cropped = random_views(inputs, spec, rng(1), padding=2, flip=True)
+    assert torch.equal(cropped, crop_and_flip(inputs, spec, rng(1), padding=2, flip=True))
+    enlarged = random_views(inputs, spec, rng(1), flip=True, area=0.3)
+    boxes = draw_boxes(3, (6, 6), rng(1), scale=(0.3, 1.0), flip=True)
+    assert torch.equal(enlarged, crop_resize(inputs, boxes))
+    # What is no image has no views.
+    rows = torch.zeros(3, 5)
+    assert random_views(rows, InputSpec("embedding", (5,)), rng(), padding=2, area=0.3) is rows

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def train_mode(module: nn.Module) -> None:
@@ -42,3 +43,23 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         set_flags(module, saved)
+
+
+@contextmanager
+def statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Leave running statistics as they are inside the block.
+
+    A BatchNorm in train mode still normalises by its batch; one in eval mode is as it was.
+    """
+    moving = [
+        layer
+        for layer in module.modules()
+        if isinstance(layer, _BatchNorm) and layer.training and layer.track_running_stats
+    ]
+    for layer in moving:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in moving:
+            layer.track_running_stats = True

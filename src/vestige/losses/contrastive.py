@@ -1,7 +1,7 @@
-"""Tell every input from all others: the contrastive term of model inversion."""
+"""Tell every input from all others: the contrastive terms."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -46,3 +46,61 @@ def info_nce(
         )
     own = torch.arange(len(queries), device=queries.device)
     return F.cross_entropy(queries @ keys.t() / temperature, own, reduction="none")
+
+
+def nt_xent(
+    first: Float[Tensor, "rows width"],
+    second: Float[Tensor, "rows width"],
+    *,
+    temperature: float,
+    keys: tuple[Float[Tensor, "all width"], Float[Tensor, "all width"]] | None = None,
+    same: Bool[Tensor, "rows all"] | None = None,
+) -> Float[Tensor, " rows"]:
+    """Cross entropy of finding each row's other view among all other rows of both views.
+
+    The NT-Xent of SimCLR (arXiv 2002.05709): every row of both views asks, its own entry is left
+    out, its other view is the answer. Rows are compared as they are, so normalise them before.
+
+    Args:
+        first: one view, (B, d), with gradient.
+        second: the other view of the same inputs, in the same order, with gradient.
+        temperature: above 0; lower tells nearer neighbours apart.
+        keys: both views (N, d) of all inputs, those asked about first; None are `first` and
+            `second` themselves.
+        same: (B, N), inputs that are not to be told apart: both views of j are no negatives of i.
+
+    Returns:
+        (B,), at least 0, the mean over the two views: log(2N - 1) where all similarities are equal.
+
+    Raises:
+        RecipeError: the temperature is not above 0.
+        ShapeError: the shapes do not fit.
+    """
+    if not temperature > 0:
+        raise RecipeError(f"got temperature {temperature}, expected a value above 0; 0.5 is usual")
+    all_first, all_second = (first, second) if keys is None else keys
+    shapes = [tuple(values.shape) for values in (first, second, all_first, all_second)]
+    count, total = len(first), len(all_first)
+    if (
+        shapes[0] != shapes[1]
+        or shapes[2] != shapes[3]
+        or shapes[0][1] != shapes[2][1]
+        or total < count
+        or (same is not None and same.shape != (count, total))
+    ):
+        raise ShapeError(
+            f"got views {shapes[0]} and {shapes[1]}, keys {shapes[2]} and {shapes[3]} and same "
+            f"{None if same is None else tuple(same.shape)}, expected (B, d) twice, (N, d) twice "
+            "with N >= B, and (B, N)"
+        )
+    own = torch.eye(count, total, dtype=torch.bool, device=first.device)
+    others = torch.zeros_like(own) if same is None else same & ~own
+    hidden = torch.cat([own | others, others], 1)
+    answers = torch.arange(total, total + count, device=first.device)
+
+    def asked(queries: Tensor, alike: Tensor, wanted: Tensor) -> Tensor:
+        similar = queries @ torch.cat([alike, wanted]).t() / temperature
+        similar = similar.masked_fill(hidden, -torch.inf)
+        return F.cross_entropy(similar, answers, reduction="none")
+
+    return (asked(first, all_first, all_second) + asked(second, all_second, all_first)) / 2

@@ -78,5 +78,81 @@ def attention_transfer_loss(
     return (own - other).square() @ torch.cat(of_layers)
 
 
+def channel_weights(classifier: Float[Tensor, "classes channels"]) -> Float[Tensor, " channels"]:
+    """How much a linear classifier looks at each of the features that enter it.
+
+    Args:
+        classifier: weights (K, d) of the last layer.
+
+    Returns:
+        (d,), Euclidean lengths of the columns, divided by their mean; no gradient. All 1 where the
+        columns are equally long, also where all are 0.
+    """
+    lengths = classifier.detach().norm(dim=0)
+    mean = lengths.mean()
+    return torch.where(mean > 0, lengths / mean.clamp_min(1e-30), torch.ones_like(lengths))
+
+
+def weighted_feature_loss(
+    student: Float[Tensor, "batch channels"],
+    teacher: Float[Tensor, "batch channels"],
+    *,
+    channels: Float[Tensor, " channels"] | None = None,
+) -> Float[Tensor, " batch"]:
+    """Squared distance of the directions of two feature vectors.
+
+    Args:
+        student: penultimate features, projected to the teacher's width, (B, d), with gradient.
+        teacher: (B, d); taken as a constant.
+        channels: weight (d,) of each channel, multiplied onto the difference before it is squared;
+            None weighs all by 1.
+
+    Returns:
+        (B,), sum over channels, in [0, 4] without `channels`: 0 where both vectors point in one
+        direction, whatever their lengths.
+
+    Raises:
+        ShapeError: the shapes differ (they are never broadcast), or there are not d weights.
+    """
+    width = None if channels is None else len(channels)
+    if student.shape != teacher.shape or width not in (None, student.shape[1]):
+        raise ShapeError(
+            f"got student features {tuple(student.shape)}, teacher features "
+            f"{tuple(teacher.shape)} and {width} channel weights, expected one shape (B, d) and d "
+            "weights; project the student's features to the teacher's width"
+        )
+    difference = F.normalize(student, dim=1) - F.normalize(teacher.detach(), dim=1)
+    return (difference if channels is None else difference * channels).square().sum(1)
+
+
+def classifier_alignment_loss(
+    student: tuple[Float[Tensor, "classes channels"], Float[Tensor, " classes"] | None],
+    teacher: tuple[Float[Tensor, "classes channels"], Float[Tensor, " classes"] | None],
+) -> Float[Tensor, ""]:
+    """Mean squared difference of two linear classifiers.
+
+    Args:
+        student: weights (K, d) and biases (K,), with gradient.
+        teacher: likewise; taken as constants. Biases that only one of them has count as 0.
+
+    Returns:
+        Scalar: mean over the K * d weights, plus mean over the K biases.
+
+    Raises:
+        ShapeError: the weights differ in shape.
+    """
+    if student[0].shape != teacher[0].shape:
+        raise ShapeError(
+            f"got weights {tuple(student[0].shape)} and {tuple(teacher[0].shape)}, expected one "
+            "shape (K, d); let the student's classifier act on features of the teacher's width"
+        )
+    distance = (student[0] - teacher[0].detach()).square().mean()
+    own, other = student[1], None if teacher[1] is None else teacher[1].detach()
+    if own is None and other is None:
+        return distance
+    bias = other if own is None else own if other is None else own - other
+    return distance if bias is None else distance + bias.square().mean()
+
+
 def _positions(features: Tensor) -> int:
     return math.prod(features.shape[2:])

@@ -26,7 +26,6 @@ from vestige.core.types import Access, Batch, Loss, Requires, Result, Step, pred
 from vestige.errors import RecipeError
 from vestige.losses.distill import kl_divergence, l1_logits
 from vestige.methods import _untuned
-from vestige.models.cost import forward_flops
 from vestige.sources.augment import crop_and_flip
 
 
@@ -105,18 +104,7 @@ class KD:
         arithmetic of both networks, within limits. A teacher that shows no network is taken to be
         as dear as the student. Nothing is suggested for dense prediction.
         """
-        if task.kind != "classification" or task.spec.kind != "image":
-            return {}
-        shape, teacher = task.spec.shape, teachers[0]
-        own = forward_flops(student, shape)
-        other = forward_flops(teacher, shape) if isinstance(teacher, nn.Module) else own
-        return {
-            **_untuned.length(other + 3 * own, student, fewest=400, wanted=2000, most=12_000),
-            "student_optimizer": "adam",
-            "student_lr": 4e-3,
-            "student_weight_decay": 0.0,
-            "schedule": "cosine",
-        }
+        return _untuned.imitation(task, teachers[0], student, passes=3)
 
     def parts(self) -> Mapping[str, Stateful | Sharded]:
         """The student, and the source if it has state."""

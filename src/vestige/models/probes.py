@@ -4,7 +4,7 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from vestige.core import modes, parallel
+from vestige.core.types import at_least_float32
 from vestige.errors import ContractError, NoBatchNormError, RecipeError, TeacherError
 from vestige.losses.statistics import Stats
 
@@ -251,6 +252,66 @@ class FeatureProbe(_Probe):
             self._seen[name] = output
 
         return layer.register_forward_hook(leaves)
+
+
+class LinearSeen(NamedTuple):
+    """A linear layer in one forward.
+
+    Attributes:
+        inputs: what entered it, (B, d), at least float32, with gradient unless the forward ran
+            without.
+        weight: (K, d), with which it ran.
+        bias: (K,), or None.
+    """
+
+    inputs: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+class LinearProbe(_Probe):
+    """Keeps what enters a linear layer and the weights that it has at that moment.
+
+    In a network that runs at other weights (`core.functional`) these are not the live ones, so a
+    loss on weights that is to hold there reads them here. Use it like a `FeatureProbe`.
+
+    Attributes:
+        names: the qualified name of the layer.
+    """
+
+    def __init__(self, module: nn.Module, layer: str) -> None:
+        """Finds the layer; hooks nothing yet.
+
+        Args:
+            module: the network.
+            layer: qualified name of a linear layer.
+
+        Raises:
+            TeacherError: there is no linear layer of that name.
+        """
+        found = dict(module.named_modules()).get(layer)
+        if not isinstance(found, nn.Linear):
+            raise TeacherError(
+                f"got layer {layer!r} of a {type(module).__name__}, which is "
+                f"{'not there' if found is None else f'a {type(found).__name__}'}, expected a "
+                "linear layer; name another"
+            )
+        super().__init__(module, {layer: found})
+
+    def read(self) -> LinearSeen:
+        """What was seen in the last forward.
+
+        Raises:
+            ContractError: no forward ran inside the `with`, or the last one skipped the layer.
+        """
+        (seen,) = self._read("input")
+        return LinearSeen(*seen)
+
+    def _hook(self, name: str, layer: nn.Module) -> RemovableHandle:
+        def enters(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self._seen[name] = at_least_float32(args[0]), layer.weight, layer.bias
+
+        return layer.register_forward_pre_hook(enters)
 
 
 def instance_features(

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from vestige.core.types import InputSpec
+from vestige.core.types import Inputs, InputSpec
 from vestige.errors import RecipeError, ShapeError
 
 
@@ -230,6 +230,34 @@ def crop_and_flip(
     shifts = draw_shifts(len(inputs), padding, rng, flip=flip)
     black = spec.normalize(torch.zeros_like(inputs[:1, :, :1, :1]))
     return shift(inputs.detach() - black, shifts) + black
+
+
+def random_views(
+    inputs: Inputs,
+    spec: InputSpec,
+    rng: torch.Generator,
+    *,
+    padding: int = 0,
+    flip: bool = False,
+    area: float = 1.0,
+) -> Inputs:
+    """What training recipes do to inputs of the teacher, at 32 pixels or at 224.
+
+    Args:
+        inputs: (B, C, H, W) in the normalised space of `spec`; others come back as they are.
+        spec: tells what black is.
+        rng: decides; draws nothing where nothing is asked for.
+        padding: crop after padding by so many black pixels.
+        flip: mirror each with probability 1/2.
+        area: below 1 enlarge a part of at least this share instead of cropping.
+    """
+    if not isinstance(inputs, Tensor) or inputs.dim() != 4:
+        return inputs
+    if area == 1:
+        return crop_and_flip(inputs, spec, rng, padding=padding, flip=flip)
+    size, scale = (inputs.shape[2], inputs.shape[3]), (area, 1.0)
+    boxes = draw_boxes(len(inputs), size, rng, scale=scale, flip=flip)
+    return crop_resize(inputs.detach(), boxes)
 
 
 def _check(images: Tensor, drawn: Tensor, width: int) -> None:
