@@ -239,7 +239,7 @@ def _digest(network: nn.Module) -> str:
     """Of all weights; buffers move without learning."""
     digest = hashlib.blake2b(digest_size=16)
     for weight in network.parameters():
-        digest.update(weight.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
+        digest.update(weight.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
