@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import vestige
@@ -18,6 +20,7 @@ from vestige.core.types import InputSpec
 from vestige.errors import (
     AccessError,
     CheckpointError,
+    DataError,
     RecipeError,
     ShapeError,
     TeacherError,
@@ -321,6 +324,49 @@ def test_a_tensor_is_foreign_data_and_is_recorded(nets):
     (read,) = report.summary["real_data"]
     assert (read["origin"], read["purpose"], read["images"]) == ("foreign", "distillation", 20)
     assert report.source is None
+
+
+@pytest.mark.parametrize("form", ["array", "path", "folder"])
+def test_images_are_taken_as_they_come(nets, form, tmp_path, monkeypatch):
+    monkeypatch.setenv("VESTIGE_CACHE", str(tmp_path / "cache"))
+    images = np.random.RandomState(0).randint(0, 256, (20, 11, 9), dtype=np.uint8)
+    (tmp_path / "web").mkdir()
+    np.save(tmp_path / "web.npy", images)
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "web" / f"{number}.png")
+    given = {"array": images, "path": str(tmp_path / "web.npy"), "folder": tmp_path / "web"}
+
+    def go(source, **more):
+        return vestige.distill(
+            *nets,
+            method="kd",
+            spec=SPEC,
+            num_classes=3,
+            config={"rounds": 2, "iterations": 1, "batch_size": 4},
+            sources={"inputs": source},
+            device="cpu",
+            out=tmp_path / "out",
+            **more,
+        )
+
+    (read,) = go(given[form]).summary["real_data"]
+    assert (read["origin"], read["purpose"], read["images"]) == ("foreign", "distillation", 20)
+    assert len(read["fingerprint"]) == 64
+    # What a run was started with is known by its content.
+    with pytest.raises(CheckpointError, match=r"other settings \(sources\)"):
+        go(255 - images, resume=True)
+
+
+def test_what_is_no_source_is_refused(nets):
+    kd = {"method": "kd", "spec": SPEC, "num_classes": 3, "device": "cpu"}
+    with pytest.raises(
+        RecipeError, match=r"sources\.inputs: got list, expected a tensor of inputs"
+    ):
+        vestige.distill(*nets, **kd, sources={"inputs": [1, 2]})
+    with pytest.raises(DataError, match=r"got float32 values of shape \(2, 8, 8\) in inputs"):
+        vestige.distill(*nets, **kd, sources={"inputs": np.zeros((2, 8, 8), dtype=np.float32)})
+    with pytest.raises(DataError, match=r"got no folder .*nowhere"):
+        vestige.distill(*nets, **kd, sources={"inputs": "./nowhere"})
 
 
 def test_noise_is_no_data(nets):

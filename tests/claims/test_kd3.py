@@ -1,4 +1,4 @@
-"""What is claimed of KD3's choice on the small digits; MNIST's claims take longer than a test may."""
+"""What is claimed of KD3's choice, on the small digits."""
 
 import json
 

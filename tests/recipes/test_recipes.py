@@ -347,7 +347,7 @@ def test_unknown_keys_anywhere_are_all_told_at_once_with_the_nearest():
         ({"plugins": [5, {"name": "abd"}]}, "plugins.0: got 5"),
         ({"config": [1]}, "config: got [1]"),
         ({"config": {"loss": "l2"}}, "config.loss: got 'l2'"),
-        ({"task": "segmenting"}, "task: got 'segmenting'"),
+        ({"task": "segmentaton"}, "task: got 'segmentaton'; did you mean 'segmentation'?"),
         ({"num_classes": 1}, "num_classes: got 1"),
         ({"seed": -1}, "seed: got -1"),
         ({"arms": {"a": 5}}, "arms.a: got 5"),

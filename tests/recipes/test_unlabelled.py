@@ -235,6 +235,17 @@ def test_what_is_not_there_is_found_without_reading(tmp_path: Path) -> None:
     assert absent(recipe(kind="folder", data="web")) == []
 
 
+def test_a_package_that_is_missing_is_told_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "saved").mkdir()
+    for name in ("dataset_info.json", "state.json"):
+        (tmp_path / "saved" / name).write_text("{}")
+    monkeypatch.setattr("vestige.recipes.presence.find_spec", lambda name: None)
+    (line,) = absent(recipe(kind="folder", data="./saved"))
+    assert line.endswith("which needs pyarrow; pip install 'vestige[arrow]'")
+
+
 def test_a_source_smaller_than_a_batch_is_a_warning(tmp_path: Path) -> None:
     np.save(tmp_path / "web.npy", images(7))
     job = build(recipe(kind="folder", data="./web.npy"))

@@ -64,7 +64,7 @@ def floor(
 
 @app.command(epilog="Example: `vestige bench scale pool --images 100000`")
 def scale(
-    name: Annotated[str, typer.Argument(help="Name of a scale case: pool.")],
+    name: Annotated[str, typer.Argument(help="Name of a scale case: pool, foreign.")],
     images: Annotated[
         int, typer.Option(min=1, help="The largest size; half, quarter and eighth come before.")
     ] = 100_000,
@@ -83,7 +83,7 @@ def scale(
 def tables(
     root: Annotated[Path, typer.Option(help="Checkout of the project.")] = Path(),
 ) -> None:
-    """Write the generated tables of README.md, benchmarks/CLAIMS.md and benchmarks/FLOOR.md."""
+    """Write the generated tables of README.md and benchmarks/{CLAIMS,FLOOR,SCALE}.md."""
     from vestige.bench.tables import write_tables
 
     for path in write_tables(root):

@@ -6,6 +6,7 @@ Nothing is loaded, built or trained; a user's own module is imported.
 import os
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,12 @@ def _sources(where: str, run: Recipe) -> Iterator[str]:
 
 def _unlabelled(key: str, data: str, split: str | None) -> Iterator[str]:
     try:
-        find_unlabelled(data, split)
+        found = find_unlabelled(data, split)
     except DataError as error:
         yield f"{key}: {error}"
+        return
+    if found.kind == "arrow" and find_spec("pyarrow") is None:
+        yield f"{key}: got a saved data set, which needs pyarrow; pip install 'vestige[arrow]'"
 
 
 def _pool(key: str, folder: Path) -> Iterator[str]:

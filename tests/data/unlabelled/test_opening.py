@@ -104,6 +104,15 @@ def test_folders_of_splits_are_not_mixed(tmp_path: Path) -> None:
     assert len(open_unlabelled("web/train")) == 20
 
 
+def test_masks_beside_pictures_are_no_pictures(tmp_path: Path) -> None:
+    for split, count, first in (("train", 20, 0), ("test", 5, 100)):
+        pictures(tmp_path / "web" / split / "images", count, first)
+        pictures(tmp_path / "web" / split / "masks", count, 200)
+    assert len(read(open_unlabelled("web"))) == 18
+    assert read(open_unlabelled("web", split="test")) == list(range(100, 105))
+    assert read(open_unlabelled("web/test")) == list(range(100, 105))
+
+
 def test_files_are_whole(tmp_path: Path) -> None:
     np.save(tmp_path / "web.npy", images(7))
     np.savez(tmp_path / "web.npz", x=images(6))

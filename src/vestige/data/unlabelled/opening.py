@@ -11,6 +11,7 @@ import numpy as np
 
 from vestige.data._built_in import BUILT_INS
 from vestige.data._layout import SPLITS, Part, check_split, data_folder, place_of
+from vestige.data._masks import holds_masks
 from vestige.data._npz import Images
 from vestige.data._pictures import SUFFIXES, Pictures
 from vestige.data.image import ImageSet, load_images
@@ -96,9 +97,11 @@ def open_unlabelled(
         return open_npy(part.path, name)
     if found.kind == "npz":
         return _zipped(part, name)
+    # A mask is no picture to learn from.
+    folder = part.path / "images" if holds_masks(part.path) else part.path
     if part.rule == "content":
-        return find_pictures(part.path, name, keep=part.has)
-    return find_pictures(part.path, name, rows=part.rows)
+        return find_pictures(folder, name, keep=part.has)
+    return find_pictures(folder, name, rows=part.rows)
 
 
 def _found(asked: str, split: str | None) -> Found:
