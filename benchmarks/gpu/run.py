@@ -148,7 +148,8 @@ def _runs(entry: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
         minutes=None if weights.with_suffix(".json").is_file() else _left(options),
         on_epoch=lambda epoch, loss: _say(f"teacher: epoch {epoch}, loss {loss:.4f}"),
     )
-    _say(f"teacher: test accuracy {card.accuracy:.4f}")
+    metric, score = card.measured
+    _say(f"teacher: test {metric} {score:.4f}")
     overrides = [
         f"teacher={json.dumps({'model': card.model, 'args': card.args})}",
         f"teacher.weights={json.dumps(str(shown))}",
@@ -160,7 +161,7 @@ def _runs(entry: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     summaries = [_run(entry, overrides, seed, options) for seed in entry["seeds"]]
     return {
         "teacher": {
-            "score": card.accuracy,
+            "score": score,
             "parameters": card.parameters,
             "recipe_sha256": card.recipe_sha256,
             "weights_fingerprint": card.weights_fingerprint,
@@ -171,7 +172,7 @@ def _runs(entry: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
                 "score": summary["student"]["score"],
                 "best_score": summary["student"]["best_score"],
                 "parameters": summary["student"]["parameters"],
-                "share_of_teacher": summary["student"]["score"] / card.accuracy,
+                "share_of_teacher": summary["student"]["score"] / score,
                 "seconds": summary["seconds"],
                 "steps": summary["steps"],
                 "teacher_queries": summary["teacher_queries"],

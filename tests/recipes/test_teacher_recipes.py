@@ -24,9 +24,13 @@ from vestige.tasks.classification import Classification
 from vestige.teachers.loading import builtin_card, fingerprint, load_teacher, read_card
 
 SHIPPED = [
+    "camvid-deeplabv3-resnet50",
     "camvid-encoder-decoder",
     "cifar10-resnet34",
+    "cifar10-six-convnet",
+    "cifar10-six-wrn-40-2",
     "cifar10-wrn-40-2",
+    "cifar100-wrn-40-2",
     "digits-convnet",
     "fashion-mnist-convnet",
     "mnist-convnet",
@@ -76,7 +80,10 @@ def test_nothing_else_is_shipped() -> None:
 @pytest.mark.parametrize(
     "name",
     # Half a gigabyte of pixels takes a while.
-    [pytest.param(name, marks=pytest.mark.slow if "cifar" in name else ()) for name in SHIPPED],
+    [
+        pytest.param(name, marks=pytest.mark.slow if "cifar" in name or "deeplab" in name else ())
+        for name in SHIPPED
+    ],
 )
 def test_normalisation_is_that_of_the_training_images(name: str) -> None:
     recipe = load_teacher_recipe(name)

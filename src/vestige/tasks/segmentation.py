@@ -11,6 +11,7 @@ from torch.nn import functional
 from vestige.core.types import InputSpec, predict
 from vestige.errors import DataError, ShapeError
 from vestige.tasks._colours import class_colours, overlay
+from vestige.tasks._confusion import mask_details, mask_scores, overlaps
 from vestige.tasks._judging import (
     CONFUSION_CLASSES,
     INTEGERS,
@@ -99,12 +100,12 @@ class Segmentation:
                 loss += functional.cross_entropy(
                     logits, truth, ignore_index=self.ignore_index, reduction="sum"
                 ).cpu()
-        return {**_scores(table), "loss": loss.item() / int(table.sum())}
+        return {**mask_scores(table), "loss": loss.item() / int(table.sum())}
 
     def report(self, model: nn.Module, data: Masked, *, batch_size: int = 64) -> MaskReport:
         """IoU of each class and the confusion matrix; arguments and errors as in `evaluate`."""
         tables, _ = self._compared({"model": model}, *self.check_examples(data), batch_size)
-        return MaskReport(_overlap(tables["model"]).float(), tables["model"])
+        return MaskReport(overlaps(tables["model"]).float(), tables["model"])
 
     def agreement(
         self, model_a: nn.Module, model_b: nn.Module, inputs: Tensor, *, batch_size: int = 64
@@ -152,7 +153,7 @@ class Segmentation:
             "pixels": pixels,
             "pixels_per_class": tables["student"].sum(1).tolist(),
             **{
-                who: _detailed(tables[who]) if who in tables else None
+                who: mask_details(tables[who]) if who in tables else None
                 for who in ("student", "teacher")
             },
             "agreement": {"share": same / pixels} if "teacher" in tables else None,
@@ -298,21 +299,3 @@ class Segmentation:
         cells = truth[counted] * self.num_classes + answers[counted]
         table = torch.bincount(cells, minlength=self.num_classes**2)
         return table.view(self.num_classes, self.num_classes).cpu()
-
-
-def _overlap(table: Tensor) -> Tensor:
-    """Intersection over union of each class, (K,) float64, NaN where the union is empty."""
-    hits = table.diagonal().double()
-    return hits / (table.sum(0) + table.sum(1) - hits)
-
-
-def _scores(table: Tensor) -> dict[str, float]:
-    return {
-        "miou": float(_overlap(table).nanmean()),
-        "pixel_accuracy": int(table.diagonal().sum()) / int(table.sum()),
-    }
-
-
-def _detailed(table: Tensor) -> dict[str, Any]:
-    shares = [None if share != share else share for share in _overlap(table).tolist()]
-    return {**_scores(table), "per_class": shares}

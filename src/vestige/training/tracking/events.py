@@ -13,8 +13,7 @@ class Event:
     | --- | --- | --- |
     | `start` | before the first step | `resumed`: bool; `step`: steps already done |
     | `step` | every `log_every` steps | `step`; `terms`: of the losses, `{role: {name: float}}` |
-    | `evaluation` | after a round, where something judges | `step`; `scores`: metrics by name; |
-    | | | `metric`: name of the one that counts |
+    | `evaluation` | after a round, if judged | `step`; `scores`: by name; `metric`: what counts |
     | `round` | after each round | `loop`: name; `round`: finished; `rounds`: of the loop; `step`; |
     | | | `seconds`: of the run; `agreement`: with the teacher on fresh inputs, or None |
     | `warning` | when something is noticed | `message` |
