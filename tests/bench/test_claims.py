@@ -238,11 +238,14 @@ def test_arms_and_claims_that_do_not_exist_are_named_before_anything_runs(tiny, 
 def test_every_shipped_definition_fits_its_recipe(name):
     definition = load_definition(name)
     assert definition.claims[0].claim.endswith(".")
-    for case in definition.cases.values():
-        recipe = load_recipe(case.recipe, overrides=case.overrides)
+    for name_of_case, case in definition.cases.items():
+        recipe = load_recipe(case.recipe, preset=case.preset, overrides=case.overrides)
         arms = set(case.arms or recipe.arms)
         assert arms <= set(recipe.arms)
         for statement in definition.claims:
+            assert set(statement.cases) <= set(definition.cases)
+            if statement.cases and name_of_case not in statement.cases:
+                continue
             assert {statement.arm, *statement.others} <= arms
             if statement.gap_closed is not None:
                 assert {recipe.baseline, recipe.reference} <= arms
@@ -254,7 +257,7 @@ def test_every_shipped_definition_fits_its_recipe(name):
 @pytest.mark.parametrize("name", claims.known_claims())
 def test_arms_of_a_claim_have_the_same_number_of_student_steps(name):
     for case in load_definition(name).cases.values():
-        recipe = load_recipe(case.recipe, overrides=case.overrides)
+        recipe = load_recipe(case.recipe, preset=case.preset, overrides=case.overrides)
         work = set()
         for arm in case.arms or recipe.arms:
             run = recipe.arm(arm)
