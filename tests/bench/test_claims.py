@@ -238,13 +238,13 @@ def test_arms_and_claims_that_do_not_exist_are_named_before_anything_runs(tiny, 
 def test_every_shipped_definition_fits_its_recipe(name):
     definition = load_definition(name)
     assert definition.claims[0].claim.endswith(".")
-    for place, case in definition.cases.items():
+    for name_of_case, case in definition.cases.items():
         recipe = load_recipe(case.recipe, preset=case.preset, overrides=case.overrides)
         arms = set(case.arms or recipe.arms)
         assert arms <= set(recipe.arms)
         for statement in definition.claims:
             assert set(statement.cases) <= set(definition.cases)
-            if statement.cases and place not in statement.cases:
+            if statement.cases and name_of_case not in statement.cases:
                 continue
             assert {statement.arm, *statement.others} <= arms
             if statement.gap_closed is not None:

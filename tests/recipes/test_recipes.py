@@ -482,12 +482,12 @@ def test_arms_have_the_same_number_of_student_steps(name, expected):
 
 
 def test_a_teacher_without_a_card_needs_input_and_classes(
-    random_weights: Callable[[str], Path],
+    random_weights: Callable[[str, int], Path],
 ):
     recipe = load_recipe(
         "kd",
         overrides=[
-            f"teacher={{model: resnet34, weights: {random_weights('resnet34')}}}",
+            f"teacher={{model: resnet34, weights: {random_weights('resnet34', 10)}}}",
             "data=null",
         ],
     )

@@ -311,7 +311,7 @@ def test_a_lack_of_memory_names_the_update_and_the_knobs(nets, tmp_path, kind, r
 
 def test_a_lack_of_memory_outside_of_updates_and_in_evaluation(nets):
     made = trainer(nets, settings={"precision": "bf16"})
-    made.method.latent = lambda count, ctx: (_ for _ in ()).throw(exhausted("cuda"))
+    made.method.fakes = lambda ctx: (_ for _ in ()).throw(exhausted("cuda"))
     with pytest.raises(OutOfMemoryError, match="in loop 'distill' after step 0, outside") as told:
         made.run()
     assert "bf16" not in str(told.value)
@@ -326,7 +326,7 @@ def test_a_lack_of_memory_outside_of_updates_and_in_evaluation(nets):
 
 def test_other_errors_stay_what_they_are(nets):
     made = trainer(nets)
-    made.method.latent = lambda count, ctx: (_ for _ in ()).throw(RuntimeError("something else"))
+    made.method.fakes = lambda ctx: (_ for _ in ()).throw(RuntimeError("something else"))
     with pytest.raises(RuntimeError, match="something else") as told:
         made.run()
     assert type(told.value) is RuntimeError

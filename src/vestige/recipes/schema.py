@@ -229,9 +229,10 @@ class Recipe(_Strict):
     @model_serializer(mode="wrap")
     def _without_later_keys(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = plain(self)
-        # It came later: where it says nothing, records and digests are as they were.
-        if not values.get("task_config"):
-            values.pop("task_config", None)
+        # They came later: where they say nothing, records and digests are as they were.
+        for key in ("task_config", "data_shift"):
+            if not values.get(key):
+                values.pop(key, None)
         return values
 
     def method_config(self, suggested: Mapping[str, Any] | None = None) -> Any:
