@@ -20,6 +20,7 @@ from vestige.methods.kd import KD, KDConfig
 from vestige.models.factory import build_model
 from vestige.recipes.build import build_method
 from vestige.sources.generator import GeneratorSource
+from vestige.sources.views import viewed
 from vestige.tasks.classification import Classification
 from vestige.teachers.white_box import WhiteBoxTeacher
 from vestige.training.context import RunContext
@@ -647,6 +648,59 @@ def suggestion(spec: InputSpec, classes: int, teacher: nn.Module | None = None) 
     student = build_model("convnet", spec, classes, widths=(4, 8))
     task = Classification(spec, classes)
     return dict(DFAD.suggest(task, [WhiteBoxTeacher(teacher)], student))
+
+
+VIEWS = {"recolour": 0.5, "turn": 90.0, "generator_head": "sigmoid"}
+
+
+def test_both_networks_see_fakes_through_the_same_views_in_both_stages(tiny_teacher, tiny_student):
+    method = make(tiny_teacher, tiny_student, **VIEWS)
+    seen: dict[str, list[Tensor]] = {"teacher": [], "student": [], "generator": []}
+    for name, net in (("teacher", method.teacher), ("student", method.student)):
+        net.register_forward_hook(
+            lambda module, args, output, to=seen[name]: to.append(args[0].detach().clone())
+        )
+    method.generator.register_forward_hook(
+        lambda module, args, output: seen["generator"].append(output.detach().clone())
+    )
+    run(method)
+    assert len(seen["teacher"]) == 2 * 2 * 6
+    for teacher, student, made in zip(*seen.values(), strict=True):
+        assert torch.equal(teacher, student)
+        # Recoloured, no image is as it was made.
+        fakes = as_inputs(made, method.cfg, SPEC)
+        assert ((teacher - fakes).flatten(1).abs().amax(1) > 0.01).all()
+
+
+def test_a_generation_step_goes_through_views_that_its_batch_holds(tiny_teacher, tiny_student):
+    method = doubled(make(tiny_teacher, tiny_student, **VIEWS))
+    batch = Batch(latent=noise().latent.double(), extra=method.views(context()))
+    first, second = (method.generation(method.generator, batch) for _ in range(2))
+    assert torch.equal(first.total, second.total)
+    plain = method.generation(method.generator, Batch(latent=batch.latent))
+    assert plain.total != first.total
+    torch.testing.assert_close(
+        first.inputs, viewed(plain.inputs, batch.extra, SPEC), atol=1e-12, rtol=0
+    )
+    assert any(bool((g != 0).any()) for g in gradients(first.total, method.generator))
+
+
+def test_the_memory_keeps_fakes_as_they_were_made(tiny_teacher, tiny_student):
+    method = make(tiny_teacher, tiny_student, replay=0.5, **VIEWS)
+    fresh, batch = method.fakes(context())
+    method.memory.push(fresh)
+    assert not torch.isclose(batch.inputs, fresh).all()
+    fresh, batch = method.fakes(context())
+    assert len(fresh) == 4
+    assert len(batch) == 8
+    assert batch.extra["fresh"].tolist() == [True] * 4 + [False] * 4
+
+
+def test_views_are_off_by_default_and_named_where_they_are_on(tiny_teacher, tiny_student):
+    method = make(tiny_teacher, tiny_student)
+    assert method.views(context()) == {}
+    assert method.variant() == ""
+    assert make(tiny_teacher, tiny_student, **VIEWS).variant() == "recolouring, turning"
 
 
 @pytest.mark.parametrize("classes", [2, 1000])

@@ -144,6 +144,41 @@ def test_inputs_come_from_the_source_and_nowhere_else(tiny_teacher, tiny_student
     assert asked == known
 
 
+def test_both_networks_see_the_inputs_through_the_same_views(tiny_teacher, tiny_student):
+    images = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    method = make(
+        WhiteBoxTeacher(tiny_teacher),
+        tiny_student,
+        TensorSource(images, origin="foreign", name="one"),
+        recolour=0.5,
+        turn=45,
+    )
+    seen: dict[str, list[torch.Tensor]] = {"teacher": [], "student": []}
+    for name, net in (("teacher", method.teacher), ("student", method.student)):
+        net.register_forward_hook(
+            lambda module, args, output, to=seen[name]: to.append(args[0].clone())
+        )
+    train(method)
+    updates = [batch for batch in seen["teacher"] if len(batch) == 8]
+    assert len(updates) == 6
+    assert all(any(torch.equal(batch, other) for other in seen["student"]) for batch in updates)
+    # One image, of which no two views are alike.
+    assert len(torch.cat(updates).unique(dim=0)) == 48
+
+
+def test_views_of_what_is_no_image_are_refused(tiny_teacher, tiny_student):
+    task = Classification(InputSpec("embedding", (7,)), 3)
+    source = TensorSource(torch.rand(4, 7), origin="foreign", name="rows")
+    with pytest.raises(RecipeError, match=r"got \{'recolour': 0\.5\} for embedding inputs"):
+        KD(
+            KDConfig(recolour=0.5),
+            task,
+            [WhiteBoxTeacher(tiny_teacher)],
+            tiny_student,
+            {"inputs": source},
+        )
+
+
 def test_it_learns_what_the_inputs_show(tiny_teacher, tiny_student):
     method = make(
         WhiteBoxTeacher(tiny_teacher), tiny_student, rounds=4, iterations=40, batch_size=32

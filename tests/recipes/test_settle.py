@@ -75,7 +75,7 @@ def test_the_paper_presets_are_the_papers():
         **{"generator": "upsample", "generator_width": 64, "latent_dim": 256, "log_form": None},
         **{"student_mode": "train", "bn_weight": 0.0, "balance_weight": 0.0, "replay": 0.0},
         **{"replay_size": 4096, "generator_head": "tanh_bn", "units": "absolute"},
-        "one_hot_weight": 0.0,
+        **{"one_hot_weight": 0.0, "recolour": 0.0, "turn": 0.0},
     }
     resolved = load_recipe("dfad", preset="paper").method_config()
     assert resolved.model_dump(mode="json") == dfad

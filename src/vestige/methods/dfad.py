@@ -19,7 +19,9 @@ Differs from the paper:
     `balance_weight` (spread the batch over the classes), `one_hot_weight` (fakes of which the
     teacher is sure), `replay` (mix earlier fakes into the student's batch), `student_mode: eval`
     (no batch statistics of the student for G to exploit), `units: relative` (terms that weigh the
-    same for every teacher). A run that uses one is not DFAD as published and is to be named so. On
+    same for every teacher), `recolour` and `turn` (both players see fakes through views that are
+    drawn anew for each, since a G of images keeps to one scheme of colours and one direction of
+    textures). A run that uses one is not DFAD as published and is to be named so. On
     small networks with BatchNorm, of those that were tried alone only the first mends it
     (benchmarks/claims/dfad-remedies.json). `generator: pyramid` makes images of any size and
     `generator_head: sigmoid` images in [0, 1]; both are for inputs that the paper did not have.
@@ -47,6 +49,7 @@ from vestige.methods import _untuned
 from vestige.methods._fakes import as_inputs, latent, make_generator
 from vestige.models.probes import BatchNormProbe
 from vestige.sources.memory import RingMemory
+from vestige.sources.views import draw_views, viewed
 from vestige.teachers.white_box import module_of
 
 _LEAST_LOGIT = 1e-6
@@ -88,6 +91,11 @@ class DFADConfig(BaseModel):
             BatchNorm statistics as they are, so their balance depends on the teacher. "relative"
             divides D by the teacher's mean absolute logit and takes the mean over layers of
             dimensionless BatchNorm distances, so one `bn_weight` suits many teachers.
+        recolour: strength, in [0, 1], of the random colours that fakes get before both networks see
+            them, also in the generation stage. 0 (paper). 1 for teachers to which colour says
+            little, less where it tells the class; images in [0, 1], so mind `generator_head`.
+        turn: above 0 each fake is, with probability 1/2, turned by up to so many degrees, zoomed by
+            0.8 to 1.25 and mirrored at random. 0 (paper). 180 where no direction is up.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -114,6 +122,8 @@ class DFADConfig(BaseModel):
     replay: float = Field(0.0, ge=0, lt=1)
     replay_size: int = Field(4096, ge=1)
     units: Literal["absolute", "relative"] = "absolute"
+    recolour: float = Field(0.0, ge=0, le=1)
+    turn: float = Field(0.0, ge=0, le=180)
 
 
 class DFAD:
@@ -185,7 +195,8 @@ class DFAD:
                     )
                 if cfg.replay:
                     self.memory.push(fresh)
-                noise = Batch(latent=latent(cfg.batch_size, cfg.latent_dim, ctx))
+                drawn = latent(cfg.batch_size, cfg.latent_dim, ctx)
+                noise = Batch(latent=drawn, extra=self.views(ctx))
                 yield ctx.update(
                     "source", self.generator, self.generation, noise, generator_optimizer
                 )
@@ -204,6 +215,7 @@ class DFAD:
         """-D(S, T; G(z)), or -log(D + 1), and the options; minimised over the generator."""
         cfg = self.cfg
         inputs = as_inputs(generator(batch.latent), cfg, self.spec)
+        inputs = viewed(inputs, batch.extra, self.spec)
         with self.probe or nullcontext():
             teacher = predict(self.teacher, inputs)
         with modes.evaluating(self.student) if cfg.student_mode == "eval" else nullcontext():
@@ -238,10 +250,16 @@ class DFAD:
         noise = latent(cfg.batch_size - replayed, cfg.latent_dim, ctx)
         fresh = as_inputs(self.generator(noise), cfg, self.spec)
         if not replayed:
-            return fresh, Batch(fresh)
+            return fresh, Batch(viewed(fresh, self.views(ctx), self.spec))
         inputs = torch.cat([fresh, self.memory.draw(replayed, ctx.rng)])
         is_new = torch.arange(len(inputs), device=inputs.device) < len(fresh)
+        inputs = viewed(inputs, self.views(ctx), self.spec)
         return fresh, Batch(inputs, extra={"fresh": is_new})
+
+    def views(self, ctx: Context) -> dict[str, Tensor]:
+        """How the images of a batch are looked at; nothing is drawn where that is off."""
+        cfg = self.cfg
+        return draw_views(cfg.batch_size, self.spec, ctx.rng, recolour=cfg.recolour, turn=cfg.turn)
 
     def variant(self) -> str:
         """The options that are on, in words; "" is DFAD as published."""
@@ -252,6 +270,8 @@ class DFAD:
             "replay": self.cfg.replay > 0,
             "student in eval mode": self.cfg.student_mode == "eval",
             "relative units": self.cfg.units == "relative",
+            "recolouring": self.cfg.recolour > 0,
+            "turning": self.cfg.turn > 0,
         }
         return ", ".join(name for name, on in options.items() if on)
 

@@ -27,6 +27,7 @@ from vestige.errors import RecipeError
 from vestige.losses.distill import kl_divergence, l1_logits
 from vestige.methods import _untuned
 from vestige.sources.augment import crop_and_flip
+from vestige.sources.views import draw_views, viewed
 
 
 class KDConfig(BaseModel):
@@ -46,6 +47,10 @@ class KDConfig(BaseModel):
         crop_padding: crop each input of images after padding it by so many black pixels. 0 (the
             inputs as they come); 4 is common for CIFAR, and what CMI and Fast do.
         flip: mirror them at random. False; True is common for CIFAR.
+        recolour: strength, in [0, 1], of random colours of each image. 0 (the inputs as they come);
+            where a method that it is held against has them.
+        turn: above 0 turn each, with probability 1/2, by up to so many degrees, zoom and mirror it.
+            0; likewise.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -62,6 +67,8 @@ class KDConfig(BaseModel):
     temperature: float = Field(4.0, gt=0)
     crop_padding: int = Field(0, ge=0)
     flip: bool = False
+    recolour: float = Field(0.0, ge=0, le=1)
+    turn: float = Field(0.0, ge=0, le=180)
 
 
 class KD:
@@ -88,10 +95,12 @@ class KD:
         self.student = student
         self.source = sources["inputs"]
         self.spec = task.spec
-        if (cfg.crop_padding or cfg.flip) and len(task.spec.shape) != 3:
+        views = {"crop_padding", "flip", "recolour", "turn"}
+        asked = {name: value for name, value in cfg.model_dump(include=views).items() if value}
+        if asked and len(task.spec.shape) != 3:
             raise RecipeError(
-                f"got crop_padding {cfg.crop_padding} and flip {cfg.flip} for {task.spec.kind} "
-                f"inputs of shape {task.spec.shape}, expected images (C, H, W); leave both out"
+                f"got {asked} for {task.spec.kind} inputs of shape {task.spec.shape}, expected "
+                "images (C, H, W); leave that out"
             )
 
     @classmethod
@@ -132,6 +141,10 @@ class KD:
                     inputs = crop_and_flip(
                         inputs, self.spec, ctx.rng, padding=cfg.crop_padding, flip=cfg.flip
                     )
+                    views = draw_views(
+                        len(inputs), self.spec, ctx.rng, recolour=cfg.recolour, turn=cfg.turn
+                    )
+                    inputs = viewed(inputs, views, self.spec)
                 batch = Batch(inputs=inputs)
                 yield ctx.update("student", self.student, self.imitation, batch, optimizer)
 
