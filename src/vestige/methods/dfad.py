@@ -93,7 +93,7 @@ class DFADConfig(BaseModel):
             dimensionless BatchNorm distances, so one `bn_weight` suits many teachers.
         recolour: strength, in [0, 1], of the random colours that fakes get before both networks see
             them, also in the generation stage. 0 (paper). 1 for teachers to which colour says
-            little, less where it tells the class; images in [0, 1], so mind `generator_head`.
+            little, less where it tells the class; of images in [0, 1], so mind `generator_head`.
         turn: above 0 each fake is, with probability 1/2, turned by up to so many degrees, zoomed by
             0.8 to 1.25 and mirrored at random. 0 (paper). 180 where no direction is up.
     """

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from vestige.core.types import InputSpec
 from vestige.errors import RecipeError, ShapeError
 
-# Where the mean of a channel goes, and how much larger or smaller a turned image becomes.
-_MEANS, _ZOOM = (0.2, 0.8), (0.8, 1.25)
+# How much larger or smaller a turned image becomes.
+_ZOOM = (0.8, 1.25)
 
 
 def draw_views(
@@ -32,7 +32,7 @@ def draw_views(
         turn: see `draw_turns`.
 
     Returns:
-        "turns" (B, 3) and "colours" (B, C, 3), each where it is asked for.
+        "turns" (B, 3) and "colours" (B, C, 4), each where it is asked for.
 
     Raises:
         RecipeError: a number is out of its range, or the inputs are no images.
@@ -76,52 +76,67 @@ def viewed(
 
 def draw_colours(
     count: int, channels: int, rng: torch.Generator, strength: float
-) -> Float[Tensor, "count channels 3"]:
-    """Other colours for each image, channel by channel.
+) -> Float[Tensor, "count channels 4"]:
+    """Other colours for each image, of the same shapes and textures.
+
+    Channels change places and contrasts and move as far as values in [0, 1] let them. They are
+    inverted together or not at all: a pattern that is alike in all channels stays so.
 
     Args:
         count: B.
         channels: C.
         rng: decides, and gives the device.
-        strength: in [0, 1]. 0 leaves images as they are; at 1 a channel's contrast is multiplied by
-            anything in [-1, 1] and its mean goes anywhere in [0.2, 0.8].
+        strength: s in [0, 1]; 0 leaves images as they are.
 
     Returns:
-        (B, C, 3), float32: the factor of the contrast, in [1 - 2 * strength, 1], where the mean
-        goes, and how much of that way.
+        (B, C, 4), float32, by channel: which one it was, a permutation with probability s; the
+        factor of its contrast, in [1 - s / 2, 1], negative for the whole image with probability
+        s / 2; where its values go, 0 for the lowest place and 1 for the highest; and s, how much of
+        that way.
 
     Raises:
         RecipeError: another strength.
     """
     if not 0 <= strength <= 1:
         raise RecipeError(f"got a strength of colours of {strength}, expected one in [0, 1]")
-    contrast, place = torch.rand(2, count, channels, generator=rng, device=rng.device)
-    low, high = _MEANS
-    share = torch.full_like(place, strength)
-    return torch.stack([1 - 2 * strength * contrast, low + (high - low) * place, share], 2)
+
+    def uniform(columns: int) -> Tensor:
+        return torch.rand(count, columns, generator=rng, device=rng.device)
+
+    own = torch.arange(channels, device=rng.device).expand(count, -1)
+    order = torch.where(uniform(1) < strength, uniform(channels).argsort(1), own)
+    sign = torch.where(uniform(1) < strength / 2, -1.0, 1.0)
+    factor, place = sign * (1 - strength / 2 * uniform(channels)), uniform(channels)
+    return torch.stack([order.float(), factor, place, torch.full_like(place, strength)], 2)
 
 
 def recoloured(
     images: Float[Tensor, "batch channels height width"],
-    colours: Float[Tensor, "batch channels 3"],
+    colours: Float[Tensor, "batch channels 4"],
 ) -> Float[Tensor, "batch channels height width"]:
-    """Change contrast and mean of each channel of each image; the result is cut to [0, 1].
+    """Give each image other colours; the result is cut to [0, 1].
 
     Args:
         images: (B, C, H, W) in [0, 1], with gradient.
-        colours: (B, C, 3) of `draw_colours`; another device is brought along.
+        colours: (B, C, 4) of `draw_colours`; another device is brought along.
 
     Raises:
         ShapeError: images and colours do not fit.
     """
-    if images.dim() != 4 or colours.shape != (*images.shape[:2], 3):
+    if images.dim() != 4 or colours.shape != (*images.shape[:2], 4):
         raise ShapeError(
             f"got images {tuple(images.shape)} and colours {tuple(colours.shape)}, expected "
-            "(B, C, H, W) and (B, C, 3)"
+            "(B, C, H, W) and (B, C, 4)"
         )
-    contrast, place, share = colours.to(images.device, images.dtype)[..., None, None].unbind(2)
+    columns = colours.to(images.device, images.dtype)[..., None, None]
+    order, factor, place, share = columns.unbind(2)
+    images = images.gather(1, order.long().expand_as(images))
     mean = images.mean((2, 3), keepdim=True)
-    return (mean + share * (place - mean) + contrast * (images - mean)).clamp(0, 1)
+    images = mean + factor * (images - mean)
+    low, high = (extreme(images, (2, 3), keepdim=True) for extreme in (torch.amin, torch.amax))
+    # What the values leave free of [0, 1]; a constant, or G could gain by a single pixel.
+    moved = (place * (1 - (high - low)).clamp_min(0) - low).detach()
+    return (images + share * moved).clamp(0, 1)
 
 
 def draw_turns(count: int, rng: torch.Generator, degrees: float) -> Float[Tensor, "count 3"]:
