@@ -44,6 +44,14 @@ def test_rows_are_what_the_teacher_was_trained_on_bit_for_bit() -> None:
     assert torch.equal(source.rows(index), to_inputs(images(), plain)[index])
 
 
+@pytest.fixture(params=["in-memory", "in-the-file"])
+def memory(request, monkeypatch):
+    """Small files are held in memory; here also read as if they were large."""
+    if request.param == "in-the-file":
+        monkeypatch.setattr("vestige.sources.stored.MEMORY_LIMIT", 0)
+
+
+@pytest.mark.usefixtures("memory")
 def test_a_file_gives_what_the_array_gives(tmp_path: Path) -> None:
     np.save(tmp_path / "web.npy", images())
     source = stored(tmp_path / "web.npy")
@@ -124,7 +132,8 @@ def test_files_that_are_no_arrays_are_named(tmp_path: Path) -> None:
             stored(tmp_path / name)
 
 
-def test_a_file_that_becomes_shorter_is_no_reason_to_crash(tmp_path: Path) -> None:
+def test_a_file_that_becomes_shorter_is_no_reason_to_crash(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("vestige.sources.stored.MEMORY_LIMIT", 0)
     np.save(tmp_path / "web.npy", images())
     source = stored(tmp_path / "web.npy")
     with open(tmp_path / "web.npy", "r+b") as file:

@@ -48,17 +48,20 @@ def shift(
     shifts: Int[Tensor, "batch 3"],
     *,
     wrap: bool = False,
+    fill: Tensor | float = 0.0,
 ) -> Float[Tensor, "batch channels height width"]:
     """Move each image by whole pixels, then mirror it.
 
     Args:
         images: (B, C, H, W), with gradient.
         shifts: (B, 3) of `draw_shifts`; another device is brought along.
-        wrap: what leaves on one side comes back on the other; else zeros come, black for images
-            in [0, 1], which is the crop with padding of training recipes.
+        wrap: what leaves on one side comes back on the other; else `fill` comes, and 0 is black for
+            images in [0, 1], which is the crop with padding of training recipes.
+        fill: a value, or (1, C, 1, 1) of them.
 
     Returns:
-        (B, C, H, W), every pixel a copy of one pixel or 0; gradient flows to where it came from.
+        (B, C, H, W), every pixel a copy of one pixel or of `fill`; gradient flows to where it came
+        from.
 
     Raises:
         ShapeError: images and shifts do not fit.
@@ -77,7 +80,7 @@ def shift(
     places = (rows % height)[:, :, None] * width + (columns % width)[:, None]
     index = places.flatten(1)[:, None].expand(-1, channels, -1)
     moved = images.flatten(2).gather(2, index).view(images.shape)
-    return moved if inside is None else moved * inside[:, None]
+    return moved if inside is None else torch.where(inside[:, None], moved, fill)
 
 
 def draw_boxes(
@@ -229,7 +232,7 @@ def crop_and_flip(
         return inputs
     shifts = draw_shifts(len(inputs), padding, rng, flip=flip)
     black = spec.normalize(torch.zeros_like(inputs[:1, :, :1, :1]))
-    return shift(inputs.detach() - black, shifts) + black
+    return shift(inputs.detach(), shifts, fill=black)
 
 
 def random_views(

@@ -16,6 +16,8 @@ from vestige.sources.images import ORIGINS
 
 # Beyond, rows stay in their file or array and are sent to the GPU as they are drawn.
 DEVICE_LIMIT = 8 * 2**30
+# Beyond, rows stay in their file and are read from there as they are drawn.
+MEMORY_LIMIT = 64 * 2**20
 
 
 class StoredImages:
@@ -32,8 +34,8 @@ class StoredImages:
 
     Args:
         images: (N, H, W, C), or (N, H, W) for one channel, uint8 in the size of `spec`; or the path
-            of an .npy file that holds as much, of which only what is drawn is read, at constant
-            memory.
+            of an .npy file that holds as much; beyond 64 MiB only what is drawn is read from it,
+            at constant memory.
         spec: of the teacher that is to see them.
         origin: "foreign" (of something else), "unlabelled", "client-private" or "real" (the
             teacher's own data, for the reference arm); it ends up in the run record.
@@ -76,7 +78,9 @@ class StoredImages:
         self._count = len(images)
         self._array: NDArray[np.uint8] | None = None if self._file else images
         self._tensor: Tensor | None = None
-        if torch.device(device).type != "cpu" and images.nbytes <= DEVICE_LIMIT:
+        # What is an array already is in memory.
+        least = MEMORY_LIMIT if self._file else 0
+        if images.nbytes <= (least if torch.device(device).type == "cpu" else DEVICE_LIMIT):
             # A copy, since torch cannot wrap what is read-only.
             self._tensor = torch.from_numpy(np.array(images)).to(device)
 
