@@ -79,8 +79,10 @@ class StoredImages:
         self._array: NDArray[np.uint8] | None = None if self._file else images
         self._tensor: Tensor | None = None
         # What is an array already is in memory.
-        least = MEMORY_LIMIT if self._file else 0
-        if images.nbytes <= (least if torch.device(device).type == "cpu" else DEVICE_LIMIT):
+        most = MEMORY_LIMIT if self._file else 0
+        if torch.device(device).type != "cpu":
+            most = DEVICE_LIMIT
+        if images.nbytes <= most:
             # A copy, since torch cannot wrap what is read-only.
             self._tensor = torch.from_numpy(np.array(images)).to(device)
 
