@@ -62,6 +62,90 @@ class Sharded(Protocol):
     def load_shards(self, shards: Iterable[Mapping[str, Tensor]], /) -> None: ...
 
 
+@runtime_checkable
+class LearnsVocabulary(Protocol):
+    """A network with a tokenizer of its own that has to see texts before its first step."""
+
+    def learn_vocabulary(self, texts: Tensor) -> None:
+        """Choose the tokens by `texts` (N, L), rows of bytes as in `core.texts`."""
+        ...
+
+
+@runtime_checkable
+class SizedByState(Protocol):
+    """A network some of whose buffers take the size that they have in a state: a tokenizer.
+
+    Its `load_state_dict` takes them as they come, see `models.sizes`.
+    """
+
+    sized_by_state: tuple[str, ...]
+
+
+@runtime_checkable
+class OwnLoss(Protocol):
+    """A network whose answers are no single logits: it knows how it is trained on examples."""
+
+    def training_loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss () of a batch in nats, with gradient, for the training of a teacher.
+
+        Args:
+            inputs: (B, ...), as the task's examples have them.
+            labels: (B, ...), likewise: class numbers, or texts as rows of bytes.
+        """
+        ...
+
+
+@runtime_checkable
+class SavesTransformers(Protocol):
+    """A network that transformers can open by itself once it is saved its way."""
+
+    def save_transformers(self, folder: Path, classes: Sequence[str] = ()) -> None:
+        """Write configuration, weights and tokenizer into `folder`, with the names of classes."""
+        ...
+
+
+@runtime_checkable
+class MakesStudents(Protocol):
+    """A network that a smaller one of its own kind can be made of, with some of its layers."""
+
+    def with_layers(self, **args: Any) -> nn.Module:
+        """A student that starts from this network's weights, a module of its own.
+
+        Where other weights are drawn they come from torch's global random state. The student has
+        `network_card()`, from which it can be built again.
+
+        Raises:
+            RecipeError: this network cannot be made smaller like that.
+        """
+        ...
+
+
+@runtime_checkable
+class NamesClasses(Protocol):
+    """A teacher whose classes are words of its own, which are matched with those of a data set."""
+
+    def name_classes(self, names: Sequence[str]) -> None:
+        """Call and order its classes as `names`.
+
+        Raises:
+            RecipeError: they do not fit its own.
+        """
+        ...
+
+
+@runtime_checkable
+class MakesRecords(Protocol):
+    """A method that leaves a data set: synthetic.jsonl with its card."""
+
+    def records(self) -> Iterable[Mapping[str, Any]]:
+        """One JSON object for each text: C, X, Y and what else is known of it."""
+        ...
+
+    def record_card(self) -> Mapping[str, Any]:
+        """Plain values: prompts, decoding, and counts of what was asked for, kept and dropped."""
+        ...
+
+
 class Teacher(Protocol):
     """A frozen network, as far as its access level shows it."""
 
@@ -188,6 +272,20 @@ class ShowsAnswers(Protocol):
         Returns:
             Images (n, C, H, W) in [0, 1] with C 1 or 3, for example of input, teacher, student and
             truth, in this order.
+        """
+        ...
+
+
+@runtime_checkable
+class ReadsInputs(Protocol):
+    """A task whose inputs are to be read rather than seen: `readings.json`."""
+
+    def readings(self, inputs: Inputs, teacher: Any) -> list[str]:
+        """One text for each input.
+
+        Args:
+            inputs: (N, ...), whatever the networks were shown.
+            teacher: that they were shown to.
         """
         ...
 

@@ -47,6 +47,21 @@ class KnowsParts(Protocol):
         ...
 
 
+@runtime_checkable
+class KnowsTexts(Protocol):
+    """A source of recordings that somebody wrote down; a method must not ask, a report may.
+
+    Attributes:
+        ids: (N,) what each row is called in the record.
+    """
+
+    ids: list[str]
+
+    def texts_of(self, index: Tensor) -> list[str | None]:
+        """What is said in each row (B,): "" where nothing is, None where nobody knows."""
+        ...
+
+
 class Selection:
     """How often each row of a source was looked at, and how often it was learned from.
 

@@ -60,16 +60,19 @@ class InputSpec:
     """What one input of the teacher looks like.
 
     Attributes:
-        kind: what the numbers mean, for example "image" or "embedding".
-        shape: shape of one input without the batch dimension; (C, H, W) for images.
+        kind: what the numbers mean, for example "image", "text" or "audio".
+        shape: shape of one input without the batch dimension; (C, H, W) for images, (bytes,) for
+            texts, (samples,) for audio.
         mean: per channel, subtracted from values in [0, 1]; () means no normalisation.
         std: per channel, divided by after the mean was subtracted; () means no normalisation.
+        sample_rate_hz: of audio; 0 for everything else.
     """
 
     kind: str
     shape: tuple[int, ...]
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    sample_rate_hz: int = 0
 
     def __post_init__(self) -> None:
         if not self.shape or any(int(size) < 1 for size in self.shape):
@@ -83,6 +86,11 @@ class InputSpec:
             )
         if any(value <= 0 for value in self.std):
             raise ShapeError(f"got std {self.std}, expected values above 0")
+        if (self.kind == "audio") != (self.sample_rate_hz > 0):
+            raise ShapeError(
+                f"got {self.kind} inputs with sample_rate_hz={self.sample_rate_hz}, expected a "
+                "rate for audio and none for anything else"
+            )
 
     @classmethod
     def image(
@@ -96,6 +104,19 @@ class InputSpec:
     ) -> "InputSpec":
         """An image of `channels` x `height` x `width` pixels, normalised from [0, 1]."""
         return cls("image", (channels, height, width), tuple(mean), tuple(std))
+
+    @classmethod
+    def text(cls, length: int = 1024) -> "InputSpec":
+        """A text of at most `length` bytes in UTF-8; see `core.texts`. Networks bring a tokenizer.
+
+        Longer texts are cut. A network may look at less: its tokenizer's own limit.
+        """
+        return cls("text", (length,))
+
+    @classmethod
+    def audio(cls, seconds: float, sample_rate_hz: int = 16_000) -> "InputSpec":
+        """Mono audio of at most `seconds`, values in [-1, 1], zeros behind what is shorter."""
+        return cls("audio", (round(seconds * sample_rate_hz),), sample_rate_hz=sample_rate_hz)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images (B, C, ...) in [0, 1] to inputs of the teacher; differentiable."""

@@ -15,6 +15,8 @@ SPLITS = ("train", "select", "test")
 _STEMS = {"train": ("train",), "select": ("select", "val"), "test": ("test",)}
 _NAMES = "classes.txt"
 _SPLIT_NAMES = frozenset(stem for stems in _STEMS.values() for stem in stems)
+# A set that is one file, and not a folder that may lie in the data folder.
+_FILES = (".npz", ".jsonl")
 Size = int | Literal["missing", "damaged"]
 
 
@@ -69,7 +71,7 @@ def place_of(name_or_path: str) -> Path:
         raise DataError(f"got the data set {name_or_path!r}, expected a name or a folder")
     # Not Path's, which raise for a user that does not exist and for a name that is too long.
     path = Path(os.path.expanduser(name_or_path))
-    if path.suffix == ".npz" and not os.path.isdir(path):
+    if path.suffix in _FILES and not os.path.isdir(path):
         return path
     if len(path.parts) != 1 or path.is_absolute() or name_or_path in (".", ".."):
         return path.resolve()

@@ -81,6 +81,11 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    @classmethod
+    def listed(cls) -> list[tuple[str, str, Mapping[str, Size]]]:
+        """The same as `list_images`."""
+        return list_images()
+
     def least_classes(self) -> int:
         """The fewest classes that it can have: its names, else what labels of images show.
 

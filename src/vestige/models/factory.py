@@ -18,7 +18,11 @@ from vestige.models.generators import (
     PyramidGenerator,
     UpsampleGenerator,
 )
+from vestige.models.language_models import SmallLanguageModel
 from vestige.models.segmentation import EncoderDecoder, deeplabv3_mobilenetv2, deeplabv3_resnet50
+from vestige.models.text import bert, transformer
+from vestige.models.whisper import whisper
+from vestige.models.word_models import BiLSTM, PairBiLSTM, TfidfLinear
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class _Entry:
     description: str
     fixed: Mapping[str, Any] = field(default_factory=dict)
     min_side: int = 1
+    kind: str = "image"
 
 
 _MODELS = {
@@ -53,6 +58,25 @@ _MODELS = {
     "deeplabv3-mobilenetv2": _Entry(
         deeplabv3_mobilenetv2, "segmentation: DeepLabV3 on dilated MobileNetV2, 5.1M parameters"
     ),
+    "bert": _Entry(
+        bert, "texts: BERT of any size with a vocabulary of its own, 0.4M parameters", kind="text"
+    ),
+    "transformer": _Entry(
+        transformer, "texts: the classifier that a config of transformers describes", kind="text"
+    ),
+    "bilstm": _Entry(BiLSTM, "texts: LSTM in both directions, learns its words", kind="text"),
+    "pair-bilstm": _Entry(
+        PairBiLSTM, "pairs of texts: one LSTM for both, learns its words", kind="text"
+    ),
+    "tfidf-linear": _Entry(
+        TfidfLinear, "texts: a linear layer on TF-IDF of words and their neighbours", kind="text"
+    ),
+    "language-model": _Entry(
+        SmallLanguageModel, "texts: small GPT-2 that writes and judges by prompts", kind="text"
+    ),
+    "whisper": _Entry(
+        whisper, "speech: Whisper of any size with tokens of its own, 0.3M parameters", kind="audio"
+    ),
 }
 _GENERATORS = {
     "upsample": _Entry(UpsampleGenerator, "two upsamplings, sides divisible by 4"),
@@ -60,7 +84,7 @@ _GENERATORS = {
     "pyramid": _Entry(PyramidGenerator, "as many upsamplings as the size needs, any size"),
     "dcgan": _Entry(DCGANGenerator, "transposed convolutions, shorter side 16, 32, 64, 128, ..."),
 }
-_FROM_SPEC = ("channels", "size", "num_classes", "latent_dim")
+_FROM_SPEC = ("channels", "size", "spec", "num_classes", "latent_dim")
 
 
 def build_model(name: str, spec: InputSpec, num_classes: int, **args: Any) -> nn.Module:
@@ -68,7 +92,7 @@ def build_model(name: str, spec: InputSpec, num_classes: int, **args: Any) -> nn
 
     Args:
         name: one of `list_models`, or "wrn-D-K" for any wide ResNet.
-        spec: of one input; its shape is (C, H, W).
+        spec: of one input; of images the shape is (C, H, W).
         num_classes: K, number of logits.
         **args: see `model_arguments`; checked, none is ignored.
 
@@ -108,8 +132,17 @@ def build_generator(
 
 
 def list_models() -> list[tuple[str, str]]:
-    """Names of the classifiers and segmentation networks, each with one line on it."""
+    """Names of the networks, each with one line on it."""
     return [(name, entry.description) for name, entry in _MODELS.items()]
+
+
+def kind_of_model(name: str) -> str:
+    """Kind of the inputs that this network reads: "image", "text" or "audio".
+
+    Raises:
+        RecipeError: unknown name.
+    """
+    return _find_model(name).kind
 
 
 def list_generators() -> list[tuple[str, str]]:
@@ -163,17 +196,24 @@ def _build(
         raise RecipeError(
             "; ".join(_unknown(f"argument of {kind} {name!r}", key, valid) for key in wrong)
         )
-    if len(spec.shape) != 3:
+    if entry.kind not in ("image", spec.kind):
+        raise ShapeError(
+            f"got {spec.kind} inputs for {kind} {name!r}, expected {entry.kind}; choose a {kind} "
+            f"made for {spec.kind} inputs"
+        )
+    # What is made for images takes any (C, H, W), whatever the numbers mean.
+    if entry.kind == "image" and len(spec.shape) != 3:
         raise ShapeError(
             f"got input shape {spec.shape} for {kind} {name!r}, expected (channels, height, "
             f"width); choose a {kind} made for {spec.kind} inputs"
         )
-    if min(spec.shape[1:]) < entry.min_side:
+    if entry.kind == "image" and min(spec.shape[1:]) < entry.min_side:
         raise ShapeError(
             f"got input shape {spec.shape} for {kind} {name!r}, expected sides of at least "
             f"{entry.min_side}; resize the images or take 'convnet'"
         )
-    given = {**given, "channels": spec.shape[0], "size": spec.shape[1:], **entry.fixed, **args}
+    sizes = {"channels": spec.shape[0], "size": spec.shape[1:], "spec": spec}
+    given = {**given, **sizes, **entry.fixed, **args}
     taken = inspect.signature(entry.build).parameters
     try:
         return entry.build(**{key: value for key, value in given.items() if key in taken})

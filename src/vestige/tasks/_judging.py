@@ -55,20 +55,26 @@ def check_inputs(inputs: Tensor, spec: InputSpec) -> None:
 
 
 def check_answers(
-    model: nn.Module, spec: InputSpec, ask: Callable[[nn.Module, Tensor], Tensor]
+    model: nn.Module,
+    spec: InputSpec,
+    ask: Callable[[nn.Module, Tensor], Tensor],
+    *,
+    inputs: Tensor | None = None,
 ) -> None:
-    """Ask `model` for two inputs of zeros, in eval mode, and look at the answer.
+    """Ask `model` for two inputs, in eval mode, and look at the answer.
 
     Args:
         model: to be asked.
         spec: of its inputs.
         ask: gives the logits of a model for inputs, or raises ShapeError.
+        inputs: (2, ...) of the spec; None takes zeros.
 
     Raises:
         ShapeError: it cannot take the spec's inputs, or its logits have another shape.
         TeacherError: its logits are not finite.
     """
-    inputs = torch.zeros((2, *spec.shape))
+    zeros = inputs is None
+    inputs = torch.zeros((2, *spec.shape)) if inputs is None else inputs
     with quiet(model):
         try:
             answers = ask(model, inputs)
@@ -81,6 +87,6 @@ def check_answers(
             ) from error
     if not torch.isfinite(answers).all():
         raise TeacherError(
-            f"{type(model).__name__} answers NaN or infinity to inputs of zeros, expected "
-            "finite logits; check its weights and the normalisation"
+            f"{type(model).__name__} answers NaN or infinity to inputs{' of zeros' * zeros}, "
+            "expected finite logits; check its weights and the normalisation"
         )

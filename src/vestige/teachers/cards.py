@@ -1,9 +1,19 @@
 """What is written down about a trained teacher."""
 
 import json
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+    model_validator,
+)
 
 from vestige.core.types import InputSpec
 
@@ -24,6 +34,43 @@ class ImageInput(BaseModel):
     def spec(self) -> InputSpec:
         """The same as an InputSpec."""
         return InputSpec.image(self.channels, self.height, self.width, mean=self.mean, std=self.std)
+
+
+class OtherInput(BaseModel):
+    """The input spec of a model of texts or audio, as it stands in recipes and cards."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+    shape: tuple[int, ...]
+    sample_rate_hz: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
+        self.spec()
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_no_rate(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = plain(self)
+        return values if values["sample_rate_hz"] else {k: values[k] for k in ("kind", "shape")}
+
+    def spec(self) -> InputSpec:
+        """The same as an InputSpec."""
+        return InputSpec(self.kind, self.shape, sample_rate_hz=self.sample_rate_hz)
+
+
+def _sort_of(given: Any) -> str:
+    named = given.get("kind") if isinstance(given, Mapping) else getattr(given, "kind", None)
+    return "image" if named is None else "other"
+
+
+INPUTS: Mapping[str, type[BaseModel]] = {"image": ImageInput, "other": OtherInput}
+# Images need no kind: they were there first.
+AnyInput = Annotated[
+    Annotated[ImageInput, Tag("image")] | Annotated[OtherInput, Tag("other")],
+    Discriminator(_sort_of),
+]
 
 
 class BuiltinCard(BaseModel):
@@ -56,7 +103,7 @@ class BuiltinCard(BaseModel):
     name: str
     model: str
     args: dict[str, Any]
-    input: ImageInput
+    input: AnyInput
     num_classes: int = Field(ge=2)
     classes: tuple[str, ...]
     data: str

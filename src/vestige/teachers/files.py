@@ -41,16 +41,23 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], *, where: str) -> None:
     """Copy `weights` into `module`; names and shapes must be the same.
 
+    Buffers of any size (`core.protocols.SizedByState`) may have another one.
+
     Raises:
         TeacherError: they are not; the first five differences of each kind are listed.
     """
     expected = module.state_dict()
     missing = [name for name in expected if name not in weights]
     extra = [name for name in weights if name not in expected]
+    free = {
+        f"{inner}.{name}" if inner else name
+        for inner, one in module.named_modules()
+        for name in getattr(one, "sized_by_state", ())
+    }
     shapes = [
         f"{name} {tuple(weights[name].shape)} instead of {tuple(expected[name].shape)}"
         for name in expected
-        if name in weights and weights[name].shape != expected[name].shape
+        if name in weights and name not in free and weights[name].shape != expected[name].shape
     ]
     kinds = (("missing", missing), ("unexpected", extra), ("of another shape", shapes))
     found = [

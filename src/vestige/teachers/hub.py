@@ -1,16 +1,18 @@
-"""Image classifiers of transformers, from a folder or the Hugging Face hub, behind [text]."""
+"""Classifiers of transformers, from a folder or the Hugging Face hub, behind [text]."""
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from vestige.core.types import InputSpec
-from vestige.errors import MissingExtraError, TeacherError
+from vestige.errors import TeacherError
+from vestige.models.huggingface import need_transformers, without_bars
 from vestige.teachers.files import load_weights, read_weights
 from vestige.teachers.opened import OpenedTeacher, check_args, check_asked
+from vestige.teachers.speech import is_speech, load_speech
+from vestige.teachers.text import is_text, spec_of, with_tokenizer
 
 _REFUSED = ("trust_remote_code", "use_safetensors", "weights_only", "local_files_only")
 _PROCESSOR = "preprocessor_config.json"
@@ -24,34 +26,44 @@ def load_hub(
     input_spec: InputSpec | None = None,
     num_classes: int | None = None,
 ) -> OpenedTeacher:
-    """An image classifier of transformers in eval mode; its weights are read as safetensors only.
+    """A classifier or a speech recogniser in eval mode; weights are read as safetensors only.
 
     Args:
         name: "ORG/NAME" on the hub or in its local cache, or a folder with config.json.
-        args: of `from_pretrained`, for example `revision`.
+        args: of `from_pretrained`, for example `revision`; of Whisper networks see `load_speech`.
         weights: a file for `read_weights` in place of the folder's own.
-        input_spec: in place of what the image processor's configuration says; channels must be the
-            model's.
+        input_spec: in place of what the image processor's configuration says, or of the length of
+            texts; channels must be the model's.
         num_classes: must be the model's.
 
     Raises:
         MissingExtraError: transformers is not installed.
-        TeacherError: no such model, no network, no image classifier, weights that are no
-            safetensors or do not fit, another number of channels or classes.
+        TeacherError: no such model, no network, no classifier, weights that are no safetensors or
+            do not fit, another number of channels or classes, texts without a tokenizer.
     """
-    if find_spec("transformers") is None:
-        raise MissingExtraError(
-            "got an 'hf:' teacher, but transformers is not installed; pip install 'vestige[text]'"
-        )
+    need_transformers("an 'hf:' teacher")
     where = _where(name)
     given = dict(args or {})
     check_args(f"hf:{name}", list(given), _REFUSED)
     config, processor = _configs(name, where, given)
+    if is_speech(config):
+        return load_speech(
+            name,
+            where,
+            config,
+            args=given,
+            weights=weights,
+            input_spec=input_spec,
+            num_classes=num_classes,
+        )
     if weights is None:
         module = _build(name, where, config, given)
     else:
         module = _filled(name, config, weights)
     own = input_spec_of(config.to_dict(), processor)
+    if not _is_image(config):
+        module = with_tokenizer(name, where, module)
+        own = spec_of(module)
     count = int(config.num_labels)
     check_asked(f"hf:{name}", input_spec, own, num_classes, count)
     labels = {int(key): str(value) for key, value in (config.id2label or {}).items()}
@@ -62,6 +74,7 @@ def load_hub(
         count,
         tuple(labels[index] for index in range(count)) if named else (),
         f"hf:{name}" if weights is None and not Path(where).is_dir() else "",
+        task="" if _is_image(config) else "text",
     )
 
 
@@ -148,16 +161,24 @@ def _configs(name: str, where: str, args: Mapping[str, Any]) -> tuple[Any, dict[
     return config, dict(processor)
 
 
-def _class_for(name: str, config: Any) -> Any:
+def _is_image(config: Any) -> bool:
     from transformers import AutoModelForImageClassification
 
-    if type(config) not in AutoModelForImageClassification._model_mapping:
-        raise TeacherError(
-            f"got teacher 'hf:{name}' of type '{config.model_type}', which transformers has no "
-            "image classifier for; expected an image classification model, others are loaded by a "
-            "'factory' of your own"
-        )
-    return AutoModelForImageClassification._model_mapping[type(config)]
+    return type(config) in AutoModelForImageClassification._model_mapping
+
+
+def _class_for(name: str, config: Any) -> Any:
+    from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+
+    if _is_image(config):
+        return AutoModelForImageClassification._model_mapping[type(config)]
+    if is_text(config):
+        return AutoModelForSequenceClassification._model_mapping[type(config)]
+    raise TeacherError(
+        f"got teacher 'hf:{name}' of type '{config.model_type}', which transformers has no "
+        "classifier of images or texts for; expected such a model, others are loaded by a "
+        "'factory' of your own"
+    )
 
 
 def _filled(name: str, config: Any, path: Path) -> nn.Module:
@@ -167,9 +188,10 @@ def _filled(name: str, config: Any, path: Path) -> nn.Module:
     module: nn.Module = known(config)
     if set(weights) != set(module.state_dict()):
         # Files on the hub keep the names of older versions, which only this translates.
-        converted, info = known.from_pretrained(
-            None, config=config, state_dict=dict(weights), output_loading_info=True
-        )
+        with without_bars():
+            converted, info = known.from_pretrained(
+                None, config=config, state_dict=dict(weights), output_loading_info=True
+            )
         if not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")):
             made: nn.Module = converted
             return made
@@ -180,14 +202,15 @@ def _filled(name: str, config: Any, path: Path) -> nn.Module:
 def _build(name: str, where: str, config: Any, args: Mapping[str, Any]) -> nn.Module:
     made: nn.Module
     try:
-        made, info = _class_for(name, config).from_pretrained(
-            where,
-            config=config,
-            use_safetensors=True,
-            local_files_only=Path(where).is_dir(),
-            output_loading_info=True,
-            **args,
-        )
+        with without_bars():
+            made, info = _class_for(name, config).from_pretrained(
+                where,
+                config=config,
+                use_safetensors=True,
+                local_files_only=Path(where).is_dir(),
+                output_loading_info=True,
+                **args,
+            )
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise _unreachable(name, error) from error
     if info["missing_keys"]:

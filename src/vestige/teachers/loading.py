@@ -15,7 +15,7 @@ from torch import nn
 from vestige.core.types import InputSpec
 from vestige.errors import TeacherError
 from vestige.models.factory import build_model
-from vestige.teachers import hub, smp, vision
+from vestige.teachers import hub, language_model, smp, vision
 from vestige.teachers.cards import BuiltinCard, ImageInput
 from vestige.teachers.ensemble import CombinedNetwork
 from vestige.teachers.files import load_weights, read_weights
@@ -23,13 +23,18 @@ from vestige.teachers.opened import OpenedTeacher, call_factory, check_asked, re
 
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 SCHEMES = ("builtin", "timm", "smp", "hf")
-KINDS = ("factory", "model", "timm", "smp", "hf", "ensemble")
-KEYS = (*KINDS, "args", "weights", "combine", "input", "num_classes", "task", "task_config")
+KINDS = ("factory", "model", "timm", "smp", "hf", "ensemble", "lm", "endpoint")
+KEYS = (
+    *(*KINDS, "prompts", "args", "weights", "combine", "input", "num_classes"),
+    *("task", "task_config"),
+)
 FORMS = (
     "'builtin:NAME', 'timm:NAME', 'smp:FOLDER', 'hf:ORG/NAME', 'hf:FOLDER', the path of a card "
     "(.json), {'factory': 'package.module:callable', 'args': {...}, 'weights': 'FILE'}, the same "
-    "with 'model', 'timm', 'smp' or 'hf': NAME, or "
-    "{'ensemble': [TEACHER, ...], 'combine': 'probabilities'}"
+    "with 'model', 'timm', 'smp' or 'hf': NAME, "
+    "{'ensemble': [TEACHER, ...], 'combine': 'probabilities'}, or one that writes texts: "
+    "{'lm': FOLDER, 'prompts': TASK}, {'endpoint': URL, 'model': NAME, 'prompts': TASK} or "
+    "{'factory': 'package.module:callable', 'prompts': TASK}"
 )
 
 Opener = Callable[[str], OpenedTeacher]
@@ -78,7 +83,9 @@ def load_teacher(
             "args"; or with "model", a name of `models.factory`; or with "timm", "hf" or "smp" and a
             name, for "smp" also "ARCHITECTURE/ENCODER";
             a mapping with "ensemble", a list of teachers, and optionally "combine" and "weights",
-            a number each, see `CombinedNetwork`.
+            a number each, see `CombinedNetwork`;
+            a mapping with "prompts" and "lm", "endpoint" or "factory", which writes texts, see
+            `language_model.open_writer`.
             "weights" is a .safetensors file, or a .pt or .pth file that holds nothing but tensors.
             Without it timm, hf and a saved smp network take the pretrained weights, and others stay
             as they were built.
@@ -95,7 +102,8 @@ def load_teacher(
         TeacherError: the form, the file or its content is not as described here.
         MissingExtraError: timm, segmentation-models-pytorch or transformers is not installed.
     """
-    return open_teacher(spec, input_spec=input_spec, num_classes=num_classes).module
+    module: nn.Module = open_teacher(spec, input_spec=input_spec, num_classes=num_classes).module
+    return module
 
 
 def open_teacher(
@@ -217,6 +225,8 @@ def _open_mapping(
     args = dict(spec.get("args") or {})
     input_spec = read_input(spec["input"]) if spec.get("input") is not None else input_spec
     num_classes = spec["num_classes"] if spec.get("num_classes") is not None else num_classes
+    if kind in language_model.KINDS or "prompts" in spec:
+        return language_model.open_writer(spec, input_spec=input_spec, num_classes=num_classes)
     if kind == "ensemble":
         return _open_ensemble(spec, input_spec, num_classes, openers)
     weights = None if spec.get("weights") is None else Path(spec["weights"]).expanduser()
@@ -243,15 +253,19 @@ def _open_mapping(
     return OpenedTeacher(module.eval(), input_spec, num_classes)
 
 
+def kinds_in(spec: Mapping[str, Any]) -> list[str]:
+    """The keys of a mapping that say what kind of teacher it is; an endpoint's model is none."""
+    return [one for one in KINDS if one in spec and not (one == "model" and "endpoint" in spec)]
+
+
 def _kind(spec: Mapping[str, Any]) -> str:
     """The one key that says what kind of teacher a mapping describes, after all were checked."""
     unknown = [str(key) for key in spec if key not in KEYS]
-    kinds = [kind for kind in KINDS if kind in spec]
-    useless = (
-        [key for key in ("args",) if key in spec]
-        if kinds == ["ensemble"]
-        else [key for key in ("combine",) if key in spec]
-    )
+    kinds = kinds_in(spec)
+    refused = ("args", "prompts") if kinds == ["ensemble"] else ("combine",)
+    if kinds and kinds[0] not in (*language_model.KINDS, "factory"):
+        refused = (*refused, "prompts")
+    useless = [key for key in refused if key in spec]
     if not unknown and len(kinds) == 1 and not useless:
         return kinds[0]
     near = difflib.get_close_matches(unknown[0], KEYS, n=1) if unknown else []

@@ -17,7 +17,7 @@ class OpenedTeacher:
     """A network with what its own configuration or card says.
 
     Attributes:
-        module: in eval mode, on the CPU.
+        module: a network in eval mode, on the CPU; or what writes texts and is no network.
         spec: what one input looks like; None where nobody said.
         num_classes: K, number of logits; None where nobody said.
         classes: their names in the order of the logits, or ().
@@ -26,7 +26,7 @@ class OpenedTeacher:
         task_config: settings of the task.
     """
 
-    module: nn.Module
+    module: Any
     spec: InputSpec | None
     num_classes: int | None
     classes: tuple[str, ...] = ()
@@ -67,6 +67,9 @@ def check_asked(
     if asked_spec is None or own_spec is None:
         return
     same_kind = asked_spec.kind == own_spec.kind
+    # Of texts and audio a network takes any length that its own card does not forbid.
+    if same_kind and asked_spec.kind != "image":
+        return
     if not same_kind or asked_spec.shape[0] != own_spec.shape[0]:
         raise TeacherError(
             f"got {asked_spec.kind} inputs of shape {asked_spec.shape} for teacher '{name}', "
@@ -85,10 +88,11 @@ def read_input(given: Any) -> InputSpec:
         shape = rest.pop("shape", None) or [rest.pop(k) for k in ("channels", "height", "width")]
         kind = str(rest.pop("kind", "image"))
         mean, std = tuple(rest.pop("mean", ())), tuple(rest.pop("std", ()))
+        rate = int(rest.pop("sample_rate_hz", None) or 0)
         # A resolved recipe writes those that were left out as null.
         if any(value is not None for value in rest.values()):
             raise ValueError(f"unknown keys {sorted(rest)}")
-        return InputSpec(kind, tuple(map(int, shape)), mean, std)
+        return InputSpec(kind, tuple(map(int, shape)), mean, std, rate)
     except (KeyError, TypeError, ValueError) as error:
         raise TeacherError(
             f"got the input {given!r} ({error}), expected channels, height, width, mean and std, "
@@ -96,11 +100,11 @@ def read_input(given: Any) -> InputSpec:
         ) from error
 
 
-def call_factory(target: str, args: Mapping[str, Any]) -> nn.Module:
-    """The network that "package.module:callable" makes.
+def call_any(target: str, args: Mapping[str, Any]) -> Any:
+    """Whatever "package.module:callable" makes.
 
     Raises:
-        TeacherError: it cannot be called with `args`, or makes no network.
+        TeacherError: it cannot be called with `args`.
     """
     module_name, _, attribute = target.partition(":")
     try:
@@ -112,7 +116,16 @@ def call_factory(target: str, args: Mapping[str, Any]) -> nn.Module:
             f"({error}), expected 'package.module:callable' and its arguments; install the package "
             "or correct the name"
         ) from error
-    built = factory(**args)
+    return factory(**args)
+
+
+def call_factory(target: str, args: Mapping[str, Any]) -> nn.Module:
+    """The network that "package.module:callable" makes.
+
+    Raises:
+        TeacherError: it cannot be called with `args`, or makes no network.
+    """
+    built = call_any(target, args)
     if not isinstance(built, nn.Module):
         raise TeacherError(
             f"got {type(built).__name__} from factory '{target}', expected a torch.nn.Module; "
