@@ -122,6 +122,8 @@ class DistillReport:
         if self.outcome.samples is None or self.spec is None or not drawable(self.spec):
             return ""
         inputs, _ = self.outcome.samples
+        if not isinstance(inputs, Tensor):
+            return ""
         images = self.spec.denormalize(inputs[:_SHOWN_SAMPLES].float())
         scale = max(1, 64 // images.shape[-1])
         sheet = contact_sheet(images, columns=8, scale=scale)
@@ -201,7 +203,8 @@ def distill(
         config: settings of the method; what is left out is chosen as `defaults` says. All of them
             stand in the run's recipe.yaml.
         plugins: names or classes, or (name or class, settings), outermost first.
-        evaluate: (inputs, labels) in the teacher's normalised space, a callable from the student
+        evaluate: (inputs, labels) in the teacher's normalised space, of texts rows of bytes (see
+            `vestige.core.texts`), a callable from the student
             to metrics with the task's own ("accuracy", "miou"), or None. Used to report, never to
             choose.
         sources: inputs by the names that the method asks for: a tensor of normalised inputs, images
@@ -480,7 +483,7 @@ def _judge(task: Task, evaluate: tuple[Tensor, Tensor] | Evaluate | None) -> Eva
     inputs, labels = evaluate
     if len(inputs) != len(labels):
         raise ShapeError(f"evaluate: got {len(inputs)} inputs and {len(labels)} labels")
-    if not inputs.is_floating_point():
+    if not inputs.is_floating_point() and task.spec.kind != "text":
         raise ShapeError(
             f"evaluate: got inputs of {inputs.dtype}, expected floating-point inputs in the "
             "teacher's normalised space; hand in spec.normalize(inputs / 255) for bytes"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vestige.bench.scale import scale_page
+from vestige.bench.speed import speed_page
 from vestige.recipes.catalog import describe_methods
 from vestige.training.files import write_text
 
@@ -144,10 +145,10 @@ def generated(readme: str, claims: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def write_tables(root: Path) -> list[Path]:
-    """Bring README.md and benchmarks/{CLAIMS,FLOOR,SCALE}.md of a checkout up to date."""
+    """Bring README.md and benchmarks/{CLAIMS,FLOOR,SCALE,SPEED}.md of a checkout up to date."""
     folder = root / "benchmarks"
     claims, floors = read_claims(folder / "claims"), read_claims(folder / "floor")
-    scales = read_claims(folder / "scale")
+    scales, speeds = read_claims(folder / "scale"), read_claims(folder / "speed")
     readme = root / "README.md"
     pages = {
         readme: generated(readme.read_text(encoding="utf8"), claims),
@@ -155,6 +156,7 @@ def write_tables(root: Path) -> list[Path]:
         # No page about nothing, in a checkout where nothing was measured yet.
         **({folder / "FLOOR.md": floor_page(floors)} if floors else {}),
         **({folder / "SCALE.md": scale_page(scales)} if scales else {}),
+        **({folder / "SPEED.md": speed_page(speeds)} if speeds else {}),
     }
     for path, text in pages.items():
         write_text(path, text)

@@ -79,11 +79,23 @@ def scale(
     typer.echo(path)
 
 
+@app.command(epilog="Example: `vestige bench speed writing`")
+def speed(
+    name: Annotated[str, typer.Argument(help="Name of a speed case: crafting, writing.")],
+    repeats: Annotated[int, typer.Option(min=1, help="Measured calls of each way.")] = 9,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("benchmarks/speed"),
+) -> None:
+    """Time our way beside a plain loop of the same calls in one process, and write the JSON."""
+    from vestige.bench.speed import run_speed
+
+    typer.echo(run_speed(name, repeats=repeats, out=out, echo=typer.echo))
+
+
 @app.command(epilog="Example: `vestige bench tables`")
 def tables(
     root: Annotated[Path, typer.Option(help="Checkout of the project.")] = Path(),
 ) -> None:
-    """Write the generated tables of README.md and benchmarks/{CLAIMS,FLOOR,SCALE}.md."""
+    """Write the generated tables of README.md and benchmarks/{CLAIMS,FLOOR,SCALE,SPEED}.md."""
     from vestige.bench.tables import write_tables
 
     for path in write_tables(root):

@@ -102,12 +102,9 @@ def _recipes() -> list[dict[str, Any]]:
 
 
 def _data() -> list[dict[str, Any]]:
-    from vestige.data.image import list_images
+    from vestige.recipes.catalog import listed_data
 
-    return [
-        {"name": name, "where": where, "splits": dict(splits)}
-        for name, where, splits in list_images()
-    ]
+    return listed_data()
 
 
 def _plugins() -> list[dict[str, Any]]:

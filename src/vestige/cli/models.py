@@ -117,7 +117,8 @@ def export(
             f"most {done.largest_difference:.2g} ({done.checked_by})"
         )
     elif to is To.hub:
-        typer.echo(f"{done.path}: README.md, model.safetensors, student.json")
+        held = ", ".join(sorted(one.name for one in done.path.iterdir()))
+        typer.echo(f"{done.path}: {held}")
         typer.echo(f"read README.md, add a license, then: hf upload ORG/NAME {done.path}")
     else:
         typer.echo(f"{done.path}, with {done.path.with_name('student.json').name}")

@@ -15,6 +15,7 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             "vestige train-teacher digits-convnet --out teachers",
             "vestige train-teacher my-teacher.yaml",
+            "vestige train-teacher bert-tiny --data ag_news",
             "vestige train-teacher cifar10-resnet34 --minutes 9 --resume",
         ),
     )(train_teacher)
@@ -32,6 +33,9 @@ def train_teacher(
         float | None,
         typer.Option(min=0, help="Stop before an epoch that would not end in this time."),
     ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Another set than the recipe's; its classes count.")
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda or cuda:N instead of the recipe's.")
     ] = None,
@@ -43,10 +47,12 @@ def train_teacher(
     from rich.progress import Progress
 
     from vestige.recipes.teacher import train_teacher as train
-    from vestige.recipes.teacher_schema import load_teacher_recipe
+    from vestige.recipes.teacher_schema import load_teacher_recipe, on_other_data
     from vestige.training.report.tables import is_share, metric_name
 
     loaded = load_teacher_recipe(recipe)
+    if data is not None:
+        loaded = on_other_data(loaded, data)
     if device is not None:
         loaded = loaded.model_copy(update={"device": device})
     with Progress() as progress:

@@ -77,7 +77,7 @@ class KD:
     Config = KDConfig
     requires = Requires(
         access=Access.SCORES,
-        tasks=("classification", "segmentation"),
+        tasks=("classification", "segmentation", "text"),
         sources=("inputs",),
         roles=("student",),
     )

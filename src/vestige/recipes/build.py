@@ -11,7 +11,15 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from vestige.core import seeding
-from vestige.core.protocols import JudgesInDetail, Plugin, ShowsAnswers, Source, Task, Teacher
+from vestige.core.protocols import (
+    JudgesInDetail,
+    NamesClasses,
+    Plugin,
+    ShowsAnswers,
+    Source,
+    Task,
+    Teacher,
+)
 from vestige.core.types import Requires, count_parameters
 from vestige.errors import NoBatchNormError, RecipeError
 from vestige.recipes.catalog import DATA, METHODS, PLUGINS
@@ -26,7 +34,7 @@ from vestige.recipes.sources import Ledger, build_source, record_of
 from vestige.recipes.student import build_student, input_card, network_card
 from vestige.recipes.tasks import make_task, task_card
 from vestige.recipes.unlabelled import few_rows
-from vestige.teachers.loading import fingerprint
+from vestige.teachers.language_model import driven_apart
 from vestige.teachers.white_box import WhiteBoxTeacher
 from vestige.training import guard, runtime
 from vestige.training.diagnosis import Finding
@@ -44,7 +52,8 @@ _CHANGEABLE = {"trainer", "query_budget", "arms", "shared", "config"}
 class Job:
     """A run that is ready to start.
 
-    Its result is shown to `details` for `evaluation.json`, and to `answers` for `answers.png`.
+    Its result is shown to `details` for `evaluation.json`, and to `answers` for `answers.png`;
+    `judged_by` names the set that judges.
     """
 
     trainer: Trainer
@@ -54,6 +63,7 @@ class Job:
     student: nn.Module | None
     details: Callable[[nn.Module], Mapping[str, Any]] | None = None
     answers: Callable[[nn.Module], Mapping[str, Tensor]] | None = None
+    judged_by: str | None = None
 
 
 def build(
@@ -82,12 +92,14 @@ def build(
     loaded = resolve_teachers(recipe)
     first = loaded[0]
     spec = first.spec
-    teachers = [shown(one.module.to(device), recipe) for one in loaded]
+    teachers = [shown(one.placed(device), recipe) for one in loaded]
+    networks = [one.network for one in loaded if one.network is not None]
     task_config = {**first.task_config, **recipe.task_config}
     task = make_task(recipe.task, spec, recipe.num_classes or first.num_classes, task_config)
     student = None
     if recipe.student is not None:
-        student = build_student(recipe.student, spec, task.num_classes, recipe.seed).to(device)
+        made = build_student(recipe.student, spec, task.num_classes, recipe.seed, loaded[0].module)
+        student = made.to(device)
     ledger = Ledger(arm or recipe.method)
     sources = {
         name: build_source(name, config, spec, recipe.seed, device, ledger)
@@ -98,6 +110,9 @@ def build(
     classes = first.classes
     if recipe.data is not None:
         test = DATA.get(spec.kind).open(recipe.data, "test")
+        if isinstance(first.module, NamesClasses) and test.classes:
+            first.module.name_classes(test.classes)
+            classes = tuple(test.classes)
         # Several teachers may know different classes.
         known = classes if len(classes) == task.num_classes else ()
         examples, classes = fit_classes(test, spec, known, task.num_classes)
@@ -107,11 +122,12 @@ def build(
         for name, told in overlaps.items():
             ledger.about[name] = {**ledger.about.get(name, {}), **told}
         evaluate = _evaluation(task, examples)
-        alone = first.module if len(loaded) == 1 else None
+        alone = first.network if len(loaded) == 1 else None
         details = in_detail(task, alone, examples)
         answers = in_pictures(task, alone, examples)
         # Not through the teacher object, which counts what the method asks of it.
-        teacher_score = evaluate(first.module)[task.metric]
+        # What only writes texts has no score of its own.
+        teacher_score = None if first.network is None else evaluate(first.network)[task.metric]
     recipe = settled(recipe, task, teachers, student)
     plugins = build_plugins(
         {plugin.name: plugin.config for plugin in recipe.plugins},
@@ -122,7 +138,7 @@ def build(
     method = build_method(
         recipe.method, recipe.method_config(), task, teachers, student, sources, recipe.seed
     )
-    weights = ", ".join(fingerprint(one.module) for one in loaded)
+    weights = ", ".join(one.fingerprint() for one in loaded)
     trainer = Trainer(
         method,
         task,
@@ -136,13 +152,14 @@ def build(
         config=recipe.trainer,
         identity={
             **recipe.model_dump(mode="json", exclude=_CHANGEABLE),
+            "teacher": driven_apart(recipe.model_dump(mode="json")["teacher"]),
             "config": recipe.method_config().model_dump(mode="json"),
             "teacher_fingerprint": weights,
         },
         callbacks=callbacks,
         # Evaluation inputs are not looked at: they were made from images by this very spec.
         noticed=[
-            *notices([one.module for one in loaded], task, score=teacher_score),
+            *notices(networks, task, score=teacher_score),
             *foreign_pools(sources, weights),
             *leaked,
             *few_rows(sources, recipe.method_config()),
@@ -152,7 +169,7 @@ def build(
         method=recipe.method,
         plugins=tuple(plugins),
         teacher_score=teacher_score,
-        teacher_parameters=sum(count_parameters(one.module) for one in loaded),
+        teacher_parameters=sum(map(count_parameters, networks)),
         teacher_fingerprint=weights,
         teacher_trained_on="; ".join(one.trained_on for one in loaded if one.trained_on),
         real_data=tuple(ledger.records),
@@ -160,7 +177,7 @@ def build(
         seed=recipe.seed,
         recipe_yaml=recipe.to_yaml(),
         student_card={
-            **network_card(recipe.student),
+            **network_card(recipe.student, student),
             "input": input_card(spec),
             "num_classes": task.num_classes,
             "classes": list(classes),
@@ -170,7 +187,7 @@ def build(
         variant=variant_of(method),
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    return Job(trainer, task, facts, classes, student, details, answers)
+    return Job(trainer, task, facts, classes, student, details, answers, recipe.data)
 
 
 def build_plugins(

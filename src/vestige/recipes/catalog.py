@@ -40,6 +40,19 @@ def about(path: Path) -> str:
     return first.removeprefix("#").strip()
 
 
+def listed_data() -> list[dict[str, Any]]:
+    """Every set of every kind of input that says what there is: name, kind, where and splits."""
+    found = []
+    for kind in DATA.names():
+        # A kind whose sets are made, or come from elsewhere, need not list them.
+        listed = getattr(DATA.get(kind), "listed", list)
+        found += [
+            {"name": name, "kind": kind, "where": where, "splits": dict(splits)}
+            for name, where, splits in listed()
+        ]
+    return found
+
+
 def describe_methods() -> list[dict[str, Any]]:
     """What is known of each method, from its docstring and its requirements."""
     return [_describe(name) for name in METHODS.names()]

@@ -9,17 +9,18 @@ from pydantic import BaseModel
 from vestige.core.types import Access
 from vestige.errors import RecipeError
 from vestige.models.factory import list_generators, model_arguments
+from vestige.models.prompts import load_prompts
 from vestige.recipes.catalog import METHODS, PLUGINS, TASKS
 from vestige.recipes.files import DEEPEST, MOST_VALUES, near, short
 from vestige.recipes.mistakes import explain as explain
 from vestige.recipes.mistakes import mistakes_in
 from vestige.recipes.schema import Recipe
 from vestige.recipes.source_checks import judging_problems, source_problems
-from vestige.recipes.student import SMP
+from vestige.recipes.student import OF_TEACHER, SMP
 from vestige.recipes.teacher_schema import load_teacher_recipe
 from vestige.teachers.loading import KEYS as TEACHER_KEYS
 from vestige.teachers.loading import KINDS as TEACHER_KINDS
-from vestige.teachers.loading import SCHEMES, builtin_teachers
+from vestige.teachers.loading import SCHEMES, builtin_teachers, kinds_in
 
 
 def form_problems(value: Any) -> Iterator[str]:
@@ -132,9 +133,11 @@ def _teacher_problems(where: str, teacher: Any) -> Iterator[str]:
         for key in teacher:
             if key not in TEACHER_KEYS:
                 yield f"{where}.{key}: no such key{near(str(key), TEACHER_KEYS)}"
-        if len(set(teacher) & set(TEACHER_KINDS)) != 1:
+        if len(kinds_in(teacher)) != 1:
             yield f"{where}: give exactly one of {', '.join(map(repr, TEACHER_KINDS))}"
-        yield from _model_problems(where, "model", teacher)
+        if "endpoint" not in teacher:
+            yield from _model_problems(where, "model", teacher)
+        yield from _prompt_problems(where, teacher)
         members = teacher.get("ensemble")
         for index, member in enumerate(members if isinstance(members, list | tuple) else ()):
             yield from _teacher_problems(f"{where}.ensemble.{index}", member)
@@ -156,10 +159,22 @@ def _teacher_problems(where: str, teacher: Any) -> Iterator[str]:
             )
 
 
+def _prompt_problems(where: str, teacher: Mapping[str, Any]) -> Iterator[str]:
+    """Prompts of a teacher that writes texts: all mistakes in a file of the user's own, too."""
+    if {"lm", "endpoint"} & set(teacher) and "prompts" not in teacher:
+        yield f"{where}: needs 'prompts', the name of a task or a .yaml file; add it"
+    elif isinstance(teacher.get("prompts"), str):
+        try:
+            load_prompts(teacher["prompts"])
+        except RecipeError as error:
+            yield f"{where}.prompts: {error}"
+
+
 def _model_problems(where: str, key: str, network: Mapping[str, Any]) -> Iterator[str]:
     name = network.get(key)
     # What another package calls its networks it checks itself.
-    if not isinstance(name, str) or (key == "name" and name.startswith(SMP)):
+    elsewhere = key == "name" and isinstance(name, str) and name.startswith((SMP, OF_TEACHER))
+    if not isinstance(name, str) or elsewhere:
         return
     try:
         valid = model_arguments(name)

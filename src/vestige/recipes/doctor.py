@@ -225,7 +225,8 @@ def _trackers() -> Iterator[Fact]:
 
 
 def _data() -> Iterator[Fact]:
-    from vestige.data.image import data_folder, list_images
+    from vestige.data.image import data_folder
+    from vestige.recipes.catalog import listed_data
 
     folder = data_folder()
     by = "$VESTIGE_DATA" if os.environ.get("VESTIGE_DATA") else "the default; set $VESTIGE_DATA"
@@ -237,10 +238,12 @@ def _data() -> Iterator[Fact]:
         f"{shown_path(folder)} ({by}){'' if there else ', not there yet'}",
         "" if there else f"mkdir -p {shown_path(folder)}",
     )
-    for name, _, splits in list_images():
+    for one in listed_data():
+        name, splits = one["name"], one["splits"]
         sizes = ", ".join(f"{split} {count}" for split, count in splits.items())
         wrong = [split for split, count in splits.items() if isinstance(count, str)]
-        mend = f"put train.npz and test.npz into {shown_path(folder / name)}" if wrong else ""
+        files = "train.npz and test.npz" if one["kind"] == "image" else "its files once more"
+        mend = f"put {files} into {shown_path(folder / name)}" if wrong else ""
         yield Fact("data", name, "missing" if wrong else "ok", sizes, mend)
 
 

@@ -84,7 +84,11 @@ def fit_classes(
     """
     own, known = tuple(data.classes), tuple(classes)
     if not own:
-        return data.examples(spec), known or tuple(str(label) for label in range(num_classes))
+        examples = data.examples(spec)
+        if isinstance(examples, tuple) and examples[1].dtype == torch.uint8:
+            # Judged by texts, which are of no class.
+            return examples, ()
+        return examples, known or tuple(str(label) for label in range(num_classes))
     if own != known and set(own) <= set(known):
         examples = data.examples(spec)
         if isinstance(examples, tuple):

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from vestige.data.audio import AudioSet
 from vestige.data.unlabelled.made_up import MADE_UP
 from vestige.data.unlabelled.opening import find_unlabelled
 from vestige.errors import DataError, RecipeError
@@ -68,7 +69,8 @@ def _named_teacher(where: str, teacher: str) -> Iterator[str]:
     except RecipeError:
         return  # There is none; `checks` says so.
     if not trained_already(teacher.removeprefix("recipe:")):
-        yield from _data(f"{where}: is to be trained first", needed.data, "train", "image")
+        kind = needed.input.spec().kind
+        yield from _data(f"{where}: is to be trained first", needed.data, "train", kind)
 
 
 def _file(where: str, name: str) -> Iterator[str]:
@@ -86,6 +88,10 @@ def _own_teacher(where: str, teacher: Mapping[str, Any]) -> Iterator[str]:
             yield from _own_teacher(f"{where}.ensemble.{index}", member)
     if isinstance(factory := teacher.get("factory"), str):
         yield from _callable(f"{where}.factory", factory)
+    lm = teacher.get("lm")
+    # What it must hold is told when it is opened; here is only whether it is there.
+    if isinstance(lm, str) and not os.path.isdir(os.path.expanduser(lm)):
+        yield f"{where}.lm: got {short(lm)}, which is no folder here; correct the path"
     if isinstance(weights := teacher.get("weights"), str):
         yield from _file(f"{where}.weights", weights)
 
@@ -101,17 +107,22 @@ def _sources(where: str, run: Recipe) -> Iterator[str]:
         if source.kind == "images" and source.data is not None:
             yield from _data(f"{key}.data", source.data, source.split or "train", _kind(run))
         if source.kind == "folder" and source.data is not None:
-            yield from _unlabelled(f"{key}.data", source.data, source.split)
+            yield from _unlabelled(f"{key}.data", source.data, source.split, _kind(run))
         for part_name, part in source.parts.items() if source.kind == "heap" else ():
             if part.data not in MADE_UP:
-                yield from _unlabelled(f"{key}.parts.{part_name}.data", part.data, part.split)
+                part_key = f"{key}.parts.{part_name}.data"
+                yield from _unlabelled(part_key, part.data, part.split, _kind(run))
         if source.kind == "pool" and source.data is not None:
             yield from _pool(f"{key}.data", Path(source.data))
         if source.kind == "factory" and source.factory is not None:
             yield from _callable(f"{key}.factory", source.factory)
 
 
-def _unlabelled(key: str, data: str, split: str | None) -> Iterator[str]:
+def _unlabelled(key: str, data: str, split: str | None, kind: str) -> Iterator[str]:
+    if kind == "audio":
+        undivided = split is None and AudioSet.undivided(data)
+        yield from _data(key, data, split or ("all" if undivided else "train"), kind)
+        return
     try:
         found = find_unlabelled(data, split)
     except DataError as error:
@@ -139,7 +150,15 @@ def _extras(run: Recipe) -> Iterator[str]:
 
 
 def _kind(recipe: Recipe) -> str:
-    return "image" if recipe.input is None else recipe.input.kind
+    """The kind of the inputs; what nothing tells is taken to be images."""
+    if recipe.input is not None:
+        return recipe.input.kind
+    if isinstance(recipe.teacher, str) and recipe.teacher.startswith("recipe:"):
+        try:
+            return load_teacher_recipe(recipe.teacher.removeprefix("recipe:")).input.spec().kind
+        except RecipeError:
+            return "image"  # There is none; `checks` says so.
+    return {"speech": "audio", "text": "text"}.get(recipe.task, "image")
 
 
 def _data(where: str, name: str, split: str, kind: str) -> Iterator[str]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from vestige.core import seeding
@@ -14,7 +15,7 @@ from vestige.recipes.schema import Recipe
 from vestige.recipes.teacher import teacher_from_recipe
 from vestige.teachers.black_box import BlackBoxTeacher
 from vestige.teachers.ensemble import BlackBoxEnsemble, CombinedNetwork, Ensemble
-from vestige.teachers.loading import of_card, open_teacher
+from vestige.teachers.loading import fingerprint, of_card, open_teacher
 from vestige.teachers.opened import OpenedTeacher
 from vestige.teachers.white_box import WhiteBoxTeacher
 
@@ -23,14 +24,30 @@ _UNKNOWN = "input and num_classes: a teacher without a card needs both in the re
 
 @dataclass(frozen=True)
 class LoadedTeacher:
-    """A teacher with what its card says, or the recipe where it has none."""
+    """A teacher with what its card says, or the recipe where it has none.
 
-    module: nn.Module
+    `module` is a network, or what writes texts and is none.
+    """
+
+    module: Any
     spec: InputSpec
     num_classes: int
     classes: tuple[str, ...] = ()
     trained_on: str = ""
     task_config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def network(self) -> nn.Module | None:
+        """The network; None for what only writes texts."""
+        return self.module if isinstance(self.module, nn.Module) else None
+
+    def placed(self, device: torch.device) -> Any:
+        """It, on the device if it is a network."""
+        return self.module if self.network is None else self.network.to(device)
+
+    def fingerprint(self) -> str:
+        """Of its weights; of what it is, where there are none to be seen."""
+        return str(self.module.fingerprint()) if self.network is None else fingerprint(self.network)
 
 
 def resolve_teachers(recipe: Recipe) -> list[LoadedTeacher]:
@@ -67,7 +84,7 @@ def resolve_teacher(teacher: str | Mapping[str, Any], recipe: Recipe) -> LoadedT
             )
         return loaded
     own = teacher if isinstance(teacher, Mapping) else {}
-    silent = "factory" in own or "model" in own
+    silent = bool({"factory", "model"} & set(own)) and "prompts" not in own
     count = own.get("num_classes")
     if count is None and (alone or silent):
         count = recipe.num_classes
@@ -103,9 +120,17 @@ def _trained_by_recipe(name: str) -> OpenedTeacher:
 _OPENERS = {"recipe": _trained_by_recipe}
 
 
-def shown(module: nn.Module, recipe: Recipe) -> Teacher:
+def shown(module: Any, recipe: Recipe) -> Teacher:
     """The teacher as far as the recipe's access level shows it; a budget is each member's own."""
     white = recipe.access is Access.WHITE_BOX
+    if not isinstance(module, nn.Module):
+        if recipe.query_budget is not None:
+            raise RecipeError(
+                "query_budget: got one for a teacher that writes texts, expected token_budget or "
+                "money_budget among the teacher's args; move it there"
+            )
+        far: Teacher = module
+        return far
     if isinstance(module, CombinedNetwork):
         combine, shares = module.combine, module.shares
         if white:

@@ -12,9 +12,12 @@ from torch import nn
 from vestige.core import parallel
 from vestige.errors import CheckpointError, Interrupted, RecipeError
 from vestige.recipes.build import Job, build
+from vestige.recipes.correctness import add_correctness
 from vestige.recipes.files import read_yaml
 from vestige.recipes.schema import Recipe
 from vestige.recipes.sources import MADE_UP
+from vestige.teachers.language_model import driven_apart
+from vestige.teachers.white_box import WhiteBoxTeacher
 from vestige.training.files import (
     LOCK,
     locked,
@@ -24,6 +27,9 @@ from vestige.training.files import (
 )
 from vestige.training.outcome import Outcome
 from vestige.training.pools import pool_facts, pool_of, write_pool
+from vestige.training.provenance import write_provenance
+from vestige.training.readings import write_readings
+from vestige.training.records import brief_records, record_facts, write_records
 from vestige.training.report import write_report
 from vestige.training.selection import brief, selection_facts, write_selection
 from vestige.training.summary import (
@@ -167,14 +173,17 @@ def write_page(out: Path) -> None:
 
 def finish(job: Job, outcome: Outcome, out: Path | None) -> dict[str, Any]:
     """Write what a finished run leaves; the summary last, as the mark that the run is whole."""
-    made_images = outcome.result.kind == "pool"
-    trained = None if made_images else outcome.network or job.student
+    trained = None if outcome.result.kind in ("pool", "texts") else outcome.network or job.student
     summary = summarize(job.facts, outcome, job.task, trained, job.trainer.device)
     summary["images_made"] = _images_made(job, outcome)
     method, sources = job.trainer.method, job.trainer.sources
     selected = selection_facts(method, sources)
     if selected:
         summary["selection"] = brief(selected)
+    written = record_facts(method, job.facts)
+    if written:
+        add_correctness(written, summary, method, job.judged_by)
+        summary["records"] = brief_records(written)
     pool = pool_of(method.parts())
     if pool is not None:
         judge = job.trainer.teachers[0]
@@ -195,7 +204,12 @@ def finish(job: Job, outcome: Outcome, out: Path | None) -> dict[str, Any]:
         if not shown and (out / "pool" / "samples.png").is_file():
             write_bytes(out / "samples.png", (out / "pool" / "samples.png").read_bytes())
     write_samples_over_time(out, outcome, job.classes)
+    write_readings(out, outcome, job.task, _asked(job), job.classes)
     write_selection(out, method, sources, job.task.spec, selected)
+    write_records(out, method, written)
+    filtered = write_provenance(out, method, sources, job.task)
+    if filtered:
+        summary["filtered"] = filtered
     write_json(out / "summary.json", summary)
     return summary
 
@@ -231,6 +245,8 @@ def check_same(recipe: Recipe, out: Path) -> None:
     given = {**recipe.shared, **recipe.config}
     settings = recipe.method_config().model_dump(mode="json")
     asked["config"] = {key: settings[key] for key in given}
+    # How a far teacher is asked may change, as how the run is driven.
+    asked["teacher"], found["teacher"] = map(driven_apart, (asked["teacher"], found.get("teacher")))
     kept = found.get("config")
     if not isinstance(kept, Mapping):
         kept = {}
@@ -266,6 +282,12 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else None
         flat.update(inner or {f"{prefix}{key}": value})
     return flat
+
+
+def _asked(job: Job) -> Any:
+    """The first teacher, as the network it is where it shows itself."""
+    first = job.trainer.teachers[0]
+    return first.module if isinstance(first, WhiteBoxTeacher) else first
 
 
 def _images_made(job: Job, outcome: Outcome) -> int | None:

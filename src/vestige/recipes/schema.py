@@ -30,9 +30,11 @@ class InputConfig(_Strict):
 
     Attributes:
         kind: of the numbers; its sets are opened by `data/<kind>.py`.
-        shape: of one input; for images given by the three sizes.
+        shape: of one input: [bytes] for "text", [samples] for "audio"; for images given by the
+            three sizes.
         mean: per channel of values in [0, 1]; () means no normalisation.
         std: likewise.
+        sample_rate_hz: of audio.
     """
 
     kind: str = "image"
@@ -42,6 +44,14 @@ class InputConfig(_Strict):
     width: int | None = Field(None, ge=1)
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    sample_rate_hz: int = Field(0, ge=0)
+
+    @model_serializer(mode="wrap")
+    def _without_later_keys(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = plain(self)
+        if not values.get("sample_rate_hz"):
+            values.pop("sample_rate_hz", None)
+        return values
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
@@ -59,7 +69,7 @@ class InputConfig(_Strict):
         """The same as the rest of the library takes it."""
         sizes = (self.channels, self.height, self.width)
         shape = self.shape or tuple(size for size in sizes if size is not None)
-        return InputSpec(self.kind, shape, self.mean, self.std)
+        return InputSpec(self.kind, shape, self.mean, self.std, self.sample_rate_hz)
 
 
 class ModelConfig(_Strict):
@@ -67,7 +77,8 @@ class ModelConfig(_Strict):
 
     Attributes:
         name: of `vestige list models`; or "smp:ARCHITECTURE/ENCODER", a network of
-            segmentation-models-pytorch.
+            segmentation-models-pytorch; or "layers-of-teacher", a shallower network that starts
+            from some of the teacher's layers, for teachers of texts and speech.
         factory: "package.module:callable", called with `args`.
         args: of either.
     """
@@ -91,7 +102,8 @@ class PartConfig(_Strict):
         count: likewise.
         shift: distortions of its images, one after another, drawn by the recipe's seed: "invert",
             "tint", "rotate", "thicken", "thin", "blur", "noise", "contrast", "shade"; "a|b" draws
-            one of several for each image.
+            one of several for each image. Of recordings: "noise", "truncate", "babble" and
+            "reversed", see `data.unlabelled.audio_shifts`.
         wanted: whether its images are of the teacher's classes, for the report on what a method
             chose; null where nobody knows. No method is told.
     """
@@ -120,7 +132,8 @@ class SourceConfig(_Strict):
             everything of what has none.
         origin: of "images", "folder" and "heap": "real" is the teacher's own data (reference arm),
             "foreign" is anything else.
-        column: of "folder", where a saved data set has several columns of pictures.
+        column: of "folder", where a saved data set has several columns of pictures; of recordings
+            "text" takes their transcripts in place of them, which counts as real labels.
         count: of "folder", the first so many after a shuffle by the recipe's seed; null takes all.
         parts: of "heap", by name.
         factory: of "factory", "package.module:callable"; called with `spec` and `args` it returns

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from vestige.data.unlabelled.audio_shifts import AUDIO_SHIFTS
 from vestige.data.unlabelled.made_up import MADE_UP
 from vestige.data.unlabelled.shifts import SHIFTS, unknown_shifts
 from vestige.recipes.files import near
@@ -11,7 +12,7 @@ from vestige.recipes.tasks import CLASSIFICATION
 
 _MOST_PARTS = 255
 # Keys that only these kinds read; given elsewhere they would be ignored.
-_OF = {"column": ("folder",), "count": ("folder",), "parts": ("heap",)}
+_OF = {"column": ("folder", "heap"), "count": ("folder",), "parts": ("heap",)}
 _NEEDED = {
     "images": "images need the name or folder of a set",
     "folder": "a folder needs its path, that of a file, or the name of a set",
@@ -62,8 +63,10 @@ def judging_problems(recipe: Recipe) -> Iterator[str]:
 
 
 def _part_problems(where: str, part: PartConfig) -> Iterator[str]:
+    # Which of the two are meant is known once the inputs are: the other ones are refused then.
     for name in unknown_shifts(part.shift):
-        yield f"{where}.shift: got {name!r}{near(name, list(SHIFTS))}"
+        if name not in AUDIO_SHIFTS:
+            yield f"{where}.shift: got {name!r}{near(name, [*SHIFTS, *AUDIO_SHIFTS])}"
     if part.data not in MADE_UP:
         return
     if part.count is None:

@@ -17,6 +17,7 @@ from vestige.recipes.factories import call
 from vestige.recipes.leaks import Hashed, hashes_of_set
 from vestige.recipes.schema import SourceConfig
 from vestige.recipes.unlabelled import open_folder, open_heap
+from vestige.recipes.unlabelled_audio import open_audio
 from vestige.sources.generator import GeneratorSource
 from vestige.sources.images import TensorSource
 from vestige.sources.noise import NoiseSource
@@ -75,6 +76,12 @@ def build_source(
         if made.origin not in MADE_UP:
             ledger.note(made.name, made.origin, len(made) if isinstance(made, Sized) else 0, "")
         return made
+    if config.kind in ("folder", "heap") and spec.kind == "audio":
+        heard = open_audio(name, config, spec, seed)
+        for part in heard.read:
+            ledger.note(part.name, heard.source.origin, part.images, part.fingerprint)
+        ledger.about[name] = heard.about
+        return heard.source
     if config.kind in ("folder", "heap"):
         opening = open_folder if config.kind == "folder" else open_heap
         opened = opening(name, config, spec, seed, device)

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from vestige.core import parallel
+from vestige.core.protocols import LearnsVocabulary
 from vestige.core.seeding import seeded
 from vestige.core.types import count_parameters
-from vestige.data.image import load_images
 from vestige.errors import CheckpointError, Interrupted, RecipeError, TeacherError
 from vestige.models.factory import build_model
+from vestige.recipes.catalog import DATA
 from vestige.recipes.examples import fit_classes
 from vestige.recipes.tasks import make_task
 from vestige.recipes.teacher_schema import TeacherRecipe, load_teacher_recipe
@@ -95,9 +96,11 @@ def _train(
 ) -> Trained:
     spec = recipe.input.spec()
     splits = ("train", "select") if recipe.with_select else ("train",)
-    parts = [load_images(recipe.data, split) for split in splits]
-    train, test = parts[0], load_images(recipe.data, "test")
-    named, least = len(train.classes), train.least_classes()
+    kind = DATA.get(spec.kind)
+    parts = [kind.open(recipe.data, split) for split in splits]
+    train, test = parts[0], kind.open(recipe.data, "test")
+    # Sets of other distributions need not offer it.
+    named, least = len(train.classes), getattr(train, "least_classes", lambda: 2)()
     if recipe.num_classes < least or recipe.num_classes > named > 0:
         raise RecipeError(
             f"got num_classes={recipe.num_classes} in teacher recipe '{recipe.name}', expected "
@@ -115,12 +118,15 @@ def _train(
     look = getattr(task, "check_examples", lambda found: found)
     for found in examples:
         look(found)
-    inputs, labels = zip(*examples, strict=True)
+    inputs, labels = (torch.cat(found) for found in zip(*examples, strict=True))
+    if isinstance(module, LearnsVocabulary):
+        # Of pairs of audio and transcripts it is the transcripts that have words.
+        module.learn_vocabulary(inputs if labels.dim() == 1 else labels)
     with interruptible(pace.interrupted, lambda: False), runtime.threads(recipe.threads):
         done = train_classifier(
             module,
-            torch.cat(inputs).to(device),
-            torch.cat(labels).to(device),
+            inputs.to(device),
+            labels.to(device),
             **recipe.training.model_dump(),
             ignore_index=getattr(task, "ignore_index", -100),
             seed=recipe.seed,

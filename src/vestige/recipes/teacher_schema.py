@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -10,10 +11,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vestige.errors import RecipeError
-from vestige.recipes.catalog import TASKS
+from vestige.recipes.catalog import DATA, TASKS
 from vestige.recipes.files import near
 from vestige.recipes.tasks import CLASSIFICATION, task_problems
-from vestige.teachers.cards import ImageInput
+from vestige.teachers.cards import INPUTS, AnyInput
 from vestige.training.files import sha256
 
 RECIPES_FOLDER = Path(__file__).parent / "teachers"
@@ -74,8 +75,8 @@ class TeacherRecipe(_Part):
 
     Attributes:
         name: of the teacher and its files; the name of the recipe file unless given.
-        data: name or folder of a set of images, see `data.image.load_images`; trained on its split
-            "train".
+        data: name or folder of a set of images, texts or audio, whichever the input is; trained on
+            its split "train".
         input: what one input looks like; images are resized to it.
         num_classes: K; must be the number of classes of the data.
         model: which network.
@@ -95,7 +96,7 @@ class TeacherRecipe(_Part):
 
     name: str
     data: str
-    input: ImageInput
+    input: AnyInput
     num_classes: int = Field(ge=2)
     model: ModelChoice
     training: TrainingConfig
@@ -164,6 +165,21 @@ def load_teacher_recipe(name_or_path: str | Path) -> TeacherRecipe:
     return recipe
 
 
+def on_other_data(recipe: TeacherRecipe, data: str) -> TeacherRecipe:
+    """The same recipe for another set, whose classes count; it is named after both.
+
+    Raises:
+        DataError: there is no such set.
+    """
+    if data == recipe.data:
+        return recipe
+    found = DATA.get(recipe.input.spec().kind).open(data, "train")
+    named = re.sub(r"[^A-Za-z0-9]+", "-", data).strip("-").lower()
+    changes = {"data": data, "name": f"{recipe.name}-{named}"}
+    classes = {"num_classes": len(found.classes)} if found.classes else {}
+    return recipe.model_copy(update={**changes, **classes})
+
+
 def _task_mistakes(values: Mapping[str, Any]) -> Iterator[str]:
     kind = values.get("task", CLASSIFICATION)
     if isinstance(kind, str) and kind not in TASKS.names():
@@ -177,13 +193,15 @@ def _keys(model: type[BaseModel]) -> list[str]:
 
 def _mistake(error: Any) -> str:
     """One line for one of pydantic's errors, with the nearest valid key for an unknown one."""
-    where = ".".join(str(part) for part in error["loc"])
+    *loc, last = (part for part in error["loc"] if part not in INPUTS)
+    where = ".".join(map(str, (*loc, last)))
     if error["type"] != "extra_forbidden":
         return f"{where}: got {error['input']!r}, {error['msg']}"
     model: type[BaseModel] = TeacherRecipe
     for part in error["loc"][:-1]:
-        inner = model.model_fields[part].annotation
+        # Where there are several forms, pydantic puts the name of the one that it took.
+        inner = INPUTS[part] if part in INPUTS else model.model_fields[part].annotation
         model = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else model
-    near = difflib.get_close_matches(str(error["loc"][-1]), _keys(model), n=1)
+    near = difflib.get_close_matches(str(last), _keys(model), n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"expected {', '.join(_keys(model))}"
     return f"{where}: unknown key; {hint}"

@@ -16,6 +16,7 @@ from vestige.data.unlabelled.arrays import ArrayImages
 from vestige.data.unlabelled.decoding import Unlabelled, check_spec, row_hashes
 from vestige.data.unlabelled.made_up import MADE_UP, MadeUpImages
 from vestige.data.unlabelled.opening import open_unlabelled
+from vestige.errors import DataError
 from vestige.recipes.heap import Part, keep_heap
 from vestige.recipes.image_cache import keep
 from vestige.recipes.schema import PartConfig, SourceConfig
@@ -120,6 +121,11 @@ def open_heap(
         DataError: a part has no images, or fewer than are asked for.
         StorageError: what was decoded cannot be written.
     """
+    if config.column is not None:
+        raise DataError(
+            f"got column {config.column!r} for the heap {name!r} of images, expected none: each "
+            "part has its own; move it there"
+        )
     parts = [
         Part(part_name, _raw(part_name, part, seed), part.count, part.shift)
         for part_name, part in config.parts.items()

@@ -26,7 +26,9 @@ def student_updates(name: str, config: Mapping[str, Any]) -> float | None:
         cfg = method.Config.model_validate(dict(config))
         # `passes` is a function of the settings; nothing has been built that could be asked.
         per_round = method.passes(object.__new__(method), cfg).get("student_step")
-        return None if per_round is None else float(per_round) * int(cfg.rounds)
+        # Where `rounds` are of another loop than the student's.
+        rounds = int(getattr(cfg, "student_rounds", cfg.rounds))
+        return None if per_round is None else float(per_round) * rounds
     except (ValidationError, AttributeError, TypeError):
         return None
 

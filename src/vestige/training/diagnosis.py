@@ -72,7 +72,8 @@ class Diagnosis:
         if loss.teacher is None or loss.student is None:
             return
         teacher, student = loss.teacher.logits, loss.student.logits
-        if teacher.shape != student.shape or teacher.dim() < 2:
+        # Of sequences (B, T, V) nobody says here which tokens count; their methods tell themselves.
+        if teacher.shape != student.shape or teacher.dim() in (0, 1, 3):
             return
         if teacher.shape[1] != self.num_classes:
             return
@@ -115,6 +116,21 @@ class Diagnosis:
         self.records.append(record)
         self._forget()
         return record
+
+    def coverage(self) -> dict[str, float] | None:
+        """Which classes the inputs of the whole run were of, by the teacher's answers.
+
+        Returns:
+            "largest", the share in (0, 1] of the class that it answered most, and "effective", the
+            exponential of the entropy of all shares: K where all are as frequent. None where no
+            update offered predictions.
+        """
+        if not self.records:
+            return None
+        counts = torch.tensor([one.classes for one in self.records], dtype=torch.float64).sum(0)
+        shares = counts / counts.sum().clamp_min(1)
+        entropy = -torch.special.xlogy(shares, shares).sum()
+        return {"largest": float(shares.max()), "effective": float(entropy.exp())}
 
     def state_dict(self) -> Mapping[str, Any]:
         """The records; at a round's end, when checkpoints are written, nothing is pending."""

@@ -4,7 +4,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,22 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         StorageError: it cannot be written; a file that was there before stays as it was.
     """
+    _write(path, (data,))
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Likewise of lines of text, each taken when it is written."""
+    _write(path, (f"{line}\n".encode() for line in lines))
+
+
+def _write(path: Path, parts: Iterable[bytes]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(partial, "wb") as stream:
-                stream.write(data)
+                for part in parts:
+                    stream.write(part)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(partial, path)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from vestige.core.types import Result
+from vestige.core.types import Inputs, Result
 from vestige.training.diagnosis import Finding
 from vestige.training.moments import Moment
 
@@ -27,6 +27,7 @@ class Outcome:
         teacher_gradients: rows of the teachers' answers that carried a graph back to the inputs.
         images_made: inputs made for the student, see `Made`; None where that cannot be told. What
             was drawn from real data counts, too.
+        coverage: see `Diagnosis.coverage`.
     """
 
     result: Result
@@ -35,12 +36,13 @@ class Outcome:
     steps: int = 0
     seconds: float = 0.0
     teacher_queries: int = 0
-    samples: tuple[Tensor, Tensor] | None = None
+    samples: tuple[Inputs, Tensor] | None = None
     complete: bool = True
     moments: list[Moment] = field(default_factory=list)
     retention: dict[str, float] | None = None
     teacher_gradients: int = 0
     images_made: int | None = None
+    coverage: dict[str, float] | None = None
 
     @property
     def network(self) -> nn.Module | None:

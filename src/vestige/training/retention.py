@@ -46,7 +46,9 @@ class Retention:
         self._rounds = 0
 
     def observe(self, loss: Loss) -> None:
-        """Take note of the newest student update; no copy."""
+        """Take note of the newest student update; no copy. Not of sequences of tokens."""
+        if loss.teacher is not None and loss.teacher.logits.dim() == 3:
+            return
         if loss.inputs is not None and loss.teacher is not None:
             self._seen = loss
 

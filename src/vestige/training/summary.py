@@ -93,7 +93,7 @@ class RunFacts:
 
 # Where a run's result lies in its folder, by kind; a network is the student.
 _STUDENT = "student.safetensors"
-_PATHS = {"pool": "pool"}
+_PATHS = {"pool": "pool", "texts": "synthetic.jsonl"}
 
 
 def write_start(out: Path, facts: RunFacts) -> None:
@@ -139,6 +139,7 @@ def summarize(
         "plugins": list(facts.plugins),
         "task": task.kind,
         "metric": task.metric,
+        "input_kind": task.spec.kind,
         "teacher": {"score": facts.teacher_score, "parameters": facts.teacher_parameters},
         "student": None
         if student is None
@@ -158,6 +159,7 @@ def summarize(
             "backward": outcome.teacher_gradients,
         },
         "retention": outcome.retention,
+        "coverage": outcome.coverage,
         "real_data": [asdict(item) for item in facts.real_data],
         "seed": facts.seed,
         "device": str(device),
@@ -244,6 +246,8 @@ def write_samples(out: Path, outcome: Outcome, task: Task, classes: Sequence[str
     if outcome.samples is None or not drawable(task.spec):
         return False
     inputs, answers = outcome.samples
+    if not isinstance(inputs, Tensor):
+        return False
     answers = answers.cpu()
     if bool((answers < 0).any()):
         latest = task.spec.denormalize(inputs[-_SHEET_IMAGES:].float().cpu())

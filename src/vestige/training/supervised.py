@@ -1,4 +1,4 @@
-"""Supervised training of classifiers, of inputs or of their pixels: how teachers come about."""
+"""Supervised training: how teachers come about."""
 
 import math
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from vestige.core import optim
 from vestige.core.modes import train_mode
+from vestige.core.protocols import OwnLoss
 from vestige.core.seeding import generator, global_state, seeded, set_global_state
 from vestige.core.types import predict
 from vestige.errors import CheckpointError, DataError, NonFiniteLossError, ShapeError
@@ -58,10 +59,11 @@ def train_classifier(
     one in it. On a CPU the outcome is the same, bit for bit, as without the break.
 
     Args:
-        module: maps inputs to logits (B, K), or (B, K, H, W); batches are moved to its device.
+        module: maps inputs to logits (B, K), or (B, K, H, W); batches are moved to its device. One
+            with `core.protocols.OwnLoss` is trained by its own loss, in place of the cross entropy.
         inputs: (N, ...), normalised; (N, C, H, W) where `shift`, `flip` or `channels_last` is used.
         labels: (N,), int64 in [0, K); or masks (N, H, W) of them, which are shifted and mirrored
-            with their images.
+            with their images; or whatever a module's own loss takes.
         epochs: passes over the data.
         batch_size: rows per step; a smaller set is one batch.
         lr: highest learning rate.
@@ -96,13 +98,19 @@ def train_classifier(
         CheckpointError: the checkpoint does not fit.
     """
     images = bool(shift or flip or channels_last)
-    _check(inputs, labels, epochs, batch_size, shift, images=images)
+    own = module if isinstance(module, OwnLoss) else None
+    _check(inputs, labels, epochs, batch_size, shift, images=images, any_labels=own is not None)
+    if own is not None and (focal_gamma or label_smoothing):
+        raise DataError(
+            f"got focal_gamma={focal_gamma}, label_smoothing={label_smoothing} for a "
+            f"{type(module).__name__}, which has a loss of its own; leave them out"
+        )
     if focal_gamma < 0 or (focal_gamma and label_smoothing):
         raise DataError(
             f"got focal_gamma={focal_gamma}, label_smoothing={label_smoothing}, expected at least "
             "0, and one of the two; set the other to 0"
         )
-    highest = int(labels.masked_fill(labels == ignore_index, 0).max())
+    highest = 0 if own else int(labels.masked_fill(labels == ignore_index, 0).max())
     rng = generator(seed, "supervised")
     device = next((weight.device for weight in module.parameters()), inputs.device)
     batch_size = min(batch_size, len(inputs))
@@ -129,9 +137,13 @@ def train_classifier(
                     answers = mirrored(answers, turned) if answers.dim() > 1 else answers
                 answers = answers.to(device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    logits = predict(module, batch.to(device, memory_format=layout)).logits
-                    _check_logits(logits, answers, highest)
-                    loss = _loss(logits, answers, label_smoothing, focal_gamma, ignore_index)
+                    batch = batch.to(device, memory_format=layout)
+                    if own is not None:
+                        loss = own.training_loss(batch, answers)
+                    else:
+                        logits = predict(module, batch).logits
+                        _check_logits(logits, answers, highest)
+                        loss = _loss(logits, answers, label_smoothing, focal_gamma, ignore_index)
                 moves.zero_grad(set_to_none=True)
                 loss.backward()
                 moves.step()
@@ -252,12 +264,23 @@ def _factor(step: int, *, steps: int) -> float:
 
 
 def _check(
-    inputs: Tensor, labels: Tensor, epochs: int, batch_size: int, shift: int, *, images: bool
+    inputs: Tensor,
+    labels: Tensor,
+    epochs: int,
+    batch_size: int,
+    shift: int,
+    *,
+    images: bool,
+    any_labels: bool,
 ) -> None:
     if len(inputs) == 0:
         raise DataError("got no inputs to train on, expected at least one; hand in data")
     dense = labels.dim() == 3 and inputs.dim() == 4
-    if labels.shape != (inputs.shape[:1] + inputs.shape[2:] if dense else inputs.shape[:1]):
+    if any_labels and len(labels) != len(inputs):
+        raise ShapeError(f"got {len(labels)} labels for {len(inputs)} inputs, expected one each")
+    if not any_labels and labels.shape != (
+        inputs.shape[:1] + inputs.shape[2:] if dense else inputs.shape[:1]
+    ):
         raise ShapeError(
             f"got labels of shape {tuple(labels.shape)}, expected ({len(inputs)},) for "
             f"{len(inputs)} inputs; hand in one class number per input, or masks of their size"

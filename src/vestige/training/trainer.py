@@ -201,6 +201,7 @@ class Trainer:
             retention=retention,
             teacher_gradients=sum(int(getattr(one, "gradients", 0)) for one in self.teachers),
             images_made=self.watch.made.count(self.method.parts()),
+            coverage=self.watch.diagnosis.coverage(),
         )
 
     @contextmanager
@@ -298,7 +299,7 @@ class Trainer:
         found = self.method.result()
         if isinstance(found.object, nn.Module):
             return found.object
-        return None if found.kind == "pool" else self.student
+        return None if found.kind in ("pool", "texts") else self.student
 
     def _evaluate(self) -> None:
         network = None if self.evaluate is None else self._judged()

@@ -1,13 +1,21 @@
 """What the steps of a run showed: losses, scores, the latest inputs, and what they tell."""
 
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vestige.core.protocols import Progress, Task
-from vestige.core.types import Loss, Step, at_least_float32
+from vestige.core.types import (
+    Inputs,
+    Loss,
+    Step,
+    at_least_float32,
+    join_rows,
+    pick_rows,
+)
 from vestige.errors import NonFiniteLossError
 from vestige.training.diagnosis import Diagnosis, RoundRecord
 from vestige.training.made import Made
@@ -41,7 +49,7 @@ class Watch:
         self.made = Made()
         self.scores: list[dict[str, float]] = []
         self.student_steps = 0
-        self._samples: list[tuple[Tensor, Tensor]] = []
+        self._samples: list[tuple[Inputs, Tensor]] = []
         self._pending: dict[str, Loss] = {}
         self._totals: list[tuple[int, Tensor]] = []
         self._bad_step = -1
@@ -115,18 +123,27 @@ class Watch:
     def _keep_samples(self, loss: Loss) -> None:
         """Remember some of the latest inputs for the contact sheet, at a bounded size."""
         inputs, teacher = loss.inputs, loss.teacher
-        if teacher is None or teacher.logits.dim() < 2 or not isinstance(inputs, Tensor):
+        if teacher is None or inputs is None or teacher.logits.dim() < 2:
             return
-        row = inputs[0].numel() * inputs.element_size()
+        parts = [inputs] if isinstance(inputs, Tensor) else list(inputs.values())
+        row = sum(part[0].numel() * part.element_size() for part in parts)
         rows = max(1, min(_SAMPLE_ROWS, _SAMPLE_BYTES // (_SAMPLE_BATCHES * row)))
         # Copies: a slice would keep the whole batch alive.
-        kept = at_least_float32(inputs[:rows].clone())
+        first = pick_rows(inputs, slice(rows))
+        kept: Inputs
+        if isinstance(first, Tensor):
+            kept = at_least_float32(first.clone())
+        else:
+            kept = {name: at_least_float32(part.clone()) for name, part in first.items()}
         logits = teacher.logits[:rows]
         whole = logits.dim() == 2
-        classes = logits.argmax(1) if whole else logits.new_full((len(kept),), NO_CLASS).long()
+        classes = logits.argmax(1) if whole else logits.new_full((len(logits),), NO_CLASS).long()
+        if self._samples and not _alike(self._samples[-1][0], kept):
+            self._samples.clear()
         self._samples.append((kept, classes))
         del self._samples[:-_SAMPLE_BATCHES]
-        self.moments.observe(*self._samples[-1])
+        if isinstance(kept, Tensor):
+            self.moments.observe(kept, classes)
 
     def end_round(
         self, student: nn.Module | None, metrics: MetricsFile, progress: Progress, seconds: float
@@ -148,7 +165,7 @@ class Watch:
             )
         return record
 
-    def latest_samples(self) -> tuple[Tensor, Tensor] | None:
+    def latest_samples(self) -> tuple[Inputs, Tensor] | None:
         """(inputs, the teacher's classes) of the latest student batches, on the CPU, or None.
 
         The classes are `NO_CLASS` where the teacher answers for each part of an input.
@@ -157,7 +174,7 @@ class Watch:
             return None
         inputs, classes = zip(*self._samples, strict=True)
         # Those of an earlier part of the run were read back to the CPU.
-        return torch.cat([x.cpu() for x in inputs]), torch.cat([x.cpu() for x in classes])
+        return reduce(join_rows, map(_on_cpu, inputs)), torch.cat([x.cpu() for x in classes])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is kept; at a round's end, after `log`, all there is."""
@@ -180,3 +197,21 @@ class Watch:
         self.retention.load_state_dict(state["retention"])
         self.made.load_state_dict(state["made"])
         self.student_steps = int(state["student_steps"])
+
+
+def _on_cpu(inputs: Inputs) -> Inputs:
+    if isinstance(inputs, Tensor):
+        return inputs.cpu()
+    return {name: part.cpu() for name, part in inputs.items()}
+
+
+def _alike(first: Inputs, second: Inputs) -> bool:
+    """Whether inputs can be told in one batch: texts and audio may differ in length."""
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return type(first) is type(second) and _shapes(first) == _shapes(second)
+    return first.keys() == second.keys() and _shapes(first) == _shapes(second)
+
+
+def _shapes(inputs: Inputs) -> list[tuple[int, ...]]:
+    parts = [inputs] if isinstance(inputs, Tensor) else list(inputs.values())
+    return [tuple(part.shape[1:]) for part in parts]

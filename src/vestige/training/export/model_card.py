@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from vestige.training.export.usage import in_torch, inputs_of, load_of, with_transformers
 from vestige.training.files import write_bytes, write_text
 from vestige.training.report.run_folder import RunFolder
 from vestige.training.report.tables import metric_name
@@ -16,6 +17,7 @@ from vestige.training.report.tables import metric_name
 _NAMES = ("model", "factory", "smp", "class")
 # Kinds of tasks on images, as the Hub names them.
 _PIPELINES = {"classification": "image-classification", "segmentation": "image-segmentation"}
+_TEXT_PIPELINES = {"text": "text-classification"}
 _PAGE = """\
 ---
 {front}---
@@ -51,7 +53,7 @@ import vestige
 network = vestige.load_teacher({load})
 ```
 
-In plain PyTorch:
+{other}:
 
 ```python
 {plain}
@@ -62,7 +64,12 @@ In plain PyTorch:
 
 
 def write_model_card(
-    folder: Path, run: RunFolder, card: Mapping[str, Any], weights: Mapping[str, Tensor]
+    folder: Path,
+    run: RunFolder,
+    card: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    *,
+    transformers: str = "",
 ) -> None:
     """README.md and, where the run has them, samples.png and answers.png.
 
@@ -71,15 +78,22 @@ def write_model_card(
         run: what is told of; where a file of it is missing, the page says so.
         card: contents of the run's student.json.
         weights: of the student.
+        transformers: the folder in it that transformers opens, or "".
     """
     if run.samples is not None:
         write_bytes(folder / "samples.png", run.samples)
     if run.answers is not None:
         write_bytes(folder / "answers.png", run.answers)
-    write_text(folder / "README.md", render(run, card, weights))
+    write_text(folder / "README.md", render(run, card, weights, transformers=transformers))
 
 
-def render(run: RunFolder, card: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
+def render(
+    run: RunFolder,
+    card: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    *,
+    transformers: str = "",
+) -> str:
     """The page as Markdown with front matter."""
     summary = run.summary
     method = str(summary.get("method", "an unknown method"))
@@ -105,9 +119,10 @@ def render(run: RunFolder, card: Mapping[str, Any], weights: Mapping[str, Tensor
         scores=_scores(summary),
         data=_data(summary),
         making=_making(run),
-        load=_load(card),
-        plain=_plain(card),
-        inputs=_inputs(card),
+        load=load_of(card),
+        other="With transformers alone" if transformers else "In plain PyTorch",
+        plain=with_transformers(transformers) if transformers else in_torch(card),
+        inputs=inputs_of(card),
         classes=_classes(card, str(summary.get("task"))),
         pictures="".join(
             f"\n{told}:\n\n![{what}]({file})\n"
@@ -126,7 +141,8 @@ def _front(summary: Mapping[str, Any], card: Mapping[str, Any], method: str) -> 
         tags.insert(1, "data-free")
     front: dict[str, Any] = {"library_name": "vestige", "tags": tags}
     kind = card.get("input", {}).get("kind", "image")
-    pipeline = _PIPELINES.get(str(summary.get("task"))) if kind == "image" else None
+    pipelines = {"image": _PIPELINES, "text": _TEXT_PIPELINES}.get(kind, {})
+    pipeline = pipelines.get(str(summary.get("task")))
     if pipeline:
         front["pipeline_tag"] = pipeline
     score = (summary.get("student") or {}).get("score")
@@ -218,59 +234,6 @@ def _making(run: RunFolder) -> str:
             f"- Seed: {summary.get('seed', '-')}",
             f"- Versions: {versions or '-'}",
         ]
-    )
-
-
-def _load(card: Mapping[str, Any]) -> str:
-    if {"factory", "model", "smp"} & set(card):
-        return '"student.json"'
-    return '{"factory": "your_package.module:make_network", "weights": "model.safetensors"}'
-
-
-def _plain(card: Mapping[str, Any]) -> str:
-    args = ", ".join(f"{key}={value!r}" for key, value in (card.get("args") or {}).items())
-    lines = ["from safetensors.torch import load_file"]
-    if card.get("factory"):
-        module, _, attribute = str(card["factory"]).partition(":")
-        lines += [f"from {module} import {attribute}", "", f"network = {attribute}({args})"]
-    elif card.get("model"):
-        given = card["input"]
-        sizes = ", ".join(str(given[key]) for key in ("channels", "height", "width"))
-        lines += [
-            "from vestige import InputSpec",
-            "from vestige.models.factory import build_model  # plain torch.nn modules",
-            "",
-            f"spec = InputSpec.image({sizes})",
-            f"network = build_model({card['model']!r}, spec, {card['num_classes']}"
-            f"{', ' + args if args else ''})",
-        ]
-    elif card.get("smp"):
-        architecture, _, encoder = str(card["smp"]).partition("/")
-        given = {"encoder_name": encoder} if encoder else {}
-        given |= {"encoder_weights": None, "classes": card["num_classes"]}
-        given |= {"in_channels": card["input"]["channels"], **(card.get("args") or {})}
-        args = "".join(f", {key}={value!r}" for key, value in given.items())
-        lines += [
-            "import segmentation_models_pytorch as smp",
-            "",
-            f"network = smp.create_model({architecture!r}{args})",
-        ]
-    else:
-        made = str(card.get("class", "your_package:Network")).rpartition(":")[2]
-        lines += ["", f"network = {made}(...)  # the class that was handed in"]
-    lines += ['network.load_state_dict(load_file("model.safetensors"))', "network.eval()"]
-    return "\n".join(lines)
-
-
-def _inputs(card: Mapping[str, Any]) -> str:
-    given = card["input"]
-    shape = given.get("shape") or [given.get(key) for key in ("channels", "height", "width")]
-    size = ", ".join(map(str, shape))
-    if not given.get("mean"):
-        return f"Inputs are (B, {size}), for images with values in [0, 1]."
-    return (
-        f"Inputs are (B, {size}): images in [0, 1], minus {given['mean']}, divided by "
-        f"{given['std']} per channel."
     )
 
 

@@ -80,9 +80,15 @@ def write_onnx(
 
     Raises:
         MissingExtraError: onnx or onnxscript is not installed.
-        ExportError: torch cannot express the network, or the file's logits differ from torch's by
-            more than 0.001 of the largest.
+        ExportError: it takes texts, torch cannot express it, or the file's logits differ from
+            torch's by more than 0.001 of the largest.
     """
+    if spec.kind == "text":
+        raise ExportError(
+            "got a network of texts for ONNX, whose files take numbers and hold no tokenizer, "
+            "expected one of images or other numbers; nothing was written. Export --to hub, whose "
+            "folder 'transformers' other programs make ONNX of"
+        )
     if find_spec("onnx") is None or find_spec("onnxscript") is None:
         raise MissingExtraError(
             "ONNX files need onnx and onnxscript, which are not installed; "

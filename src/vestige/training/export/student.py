@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
+from vestige.core.protocols import SavesTransformers
 from vestige.core.types import InputSpec
 from vestige.errors import RecipeError, TeacherError
 from vestige.teachers.files import load_weights, read_weights
@@ -21,6 +23,7 @@ from vestige.training.report.run_folder import read_run
 
 Form = Literal["safetensors", "onnx", "hub"]
 CARD = "student.json"
+TRANSFORMERS = "transformers"
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ def export(
         what: a run folder, or a network such as `DistillReport.student`.
         to: "safetensors" writes student.safetensors and its card student.json; "onnx" writes
             student.onnx with a free batch size and compares it with torch; "hub" writes a folder
-            with weights, card, samples and a model card, and needs a run folder.
+            with weights, card, samples and a model card, and needs a run folder; of texts it holds
+            a folder "transformers", too, which that package opens by itself.
         out: folder to write into; a run folder's own "export" (or "hub") unless given. Needed for a
             network.
         spec: of one input; needed for a network, a run folder knows it.
@@ -72,7 +76,8 @@ def export(
         RecipeError: the folder holds no student, or an argument is missing or has no effect.
         TeacherError: the student cannot be built from its card, or its weights do not fit.
         MissingExtraError: ONNX is asked for and its packages are not installed.
-        ExportError: torch cannot express the network as ONNX, or the file computes something else.
+        ExportError: ONNX of texts, torch cannot express the network as ONNX, or the file computes
+            something else.
     """
     if to not in get_args(Form):
         raise RecipeError(f"got to={to!r}, expected one of {', '.join(get_args(Form))}")
@@ -92,7 +97,7 @@ def export(
         folder = Path(out) if out is not None else run / "hub"
         _check_apart(folder, run)
         _write(folder, weights, card, "model.safetensors")
-        write_model_card(folder, read_run(run), card, weights)
+        write_model_card(folder, read_run(run), card, weights, transformers=_hand_on(folder, card))
         return Exported(folder)
     folder = Path(out) if out is not None else run / "export"
     _check_apart(folder, run)
@@ -170,6 +175,22 @@ def _write(folder: Path, weights: Mapping[str, Tensor], card: Mapping[str, Any],
     write_bytes(folder / name, tensors_to_bytes(weights, {"format": "pt"}))
     write_json(folder / CARD, {"schema": 1, **card, "weights": name})
     return folder / name
+
+
+def _hand_on(folder: Path, card: Mapping[str, Any]) -> str:
+    """Write the student as transformers has it, where it knows how; the folder's name, or ""."""
+    # Those of images are plain networks, which other programs build from the card.
+    if card["input"].get("kind", "image") == "image" or not {"factory", "model"} & set(card):
+        return ""
+    network = load_teacher(folder / CARD)
+    if not isinstance(network, SavesTransformers):
+        return ""
+    whole, part = folder / TRANSFORMERS, folder / f".{TRANSFORMERS}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    network.save_transformers(part, tuple(map(str, card.get("classes") or ())))
+    shutil.rmtree(whole, ignore_errors=True)
+    part.rename(whole)
+    return TRANSFORMERS
 
 
 def _built(

@@ -48,6 +48,7 @@ def comparison_view(runs: Sequence[RunFolder], names: Sequence[str]) -> dict[str
     return {
         "metric": tables.metric_name(metric) if len({metric_of(run) for run in runs}) == 1 else "",
         "heading": tables.heading(metric),
+        "inputs": tables.input_words(*(run.summary for run in runs))[1],
         "rows": rows,
         "has_gaps": any(row["gap_closed"]["value"] for row in rows),
         "has_agreement": any(row["agreement"]["value"] for row in rows),

@@ -52,7 +52,10 @@ def details(run: RunFolder) -> list[dict[str, Any]]:
     figures = dict(tables.result_figures(run.summary)) if run.summary else {}
     groups = [
         ("All figures", figures),
-        ("Images that were decoded", dict(_decoded(record))),
+        (
+            f"{tables.input_words(run.summary)[1].capitalize()} that were decoded",
+            dict(_decoded(record)),
+        ),
         ("Command", how),
         ("Machine", machine),
         ("Versions", versions),

@@ -15,7 +15,11 @@ from vestige.training.report.page_curves import (
     score_chart,
     term_charts,
 )
+from vestige.training.report.page_filter import filter_view
+from vestige.training.report.page_readings import mistakes_view, readings_view
+from vestige.training.report.page_records import records_view
 from vestige.training.report.page_selection import selection_view
+from vestige.training.report.page_speech import speech_view
 from vestige.training.report.page_values import (
     exact,
     images_read,
@@ -63,12 +67,18 @@ def run_view(run: RunFolder, *, name: str, anchor: str) -> dict[str, Any]:
         "stopped": _stopped(everyone),
         "figures": _figures(run, headline, metric),
         "metric": tables.heading(metric),
+        "inputs": tables.input_words(run.summary)[1],
         "arms": [_arm_view(row, run, metric) for row in rows],
         "teacher": exact(teacher, tables.format_score(teacher, metric)),
         "sheets": _sheets(run, chosen, parts),
         "gallery": _gallery(run, parts),
         "over_time": _over_time(run, chosen),
+        "readings": readings_view(run if run.readings else chosen),
+        "mistakes": mistakes_view(run if run.evaluation else chosen),
         "selection": selection_view(run if run.selection else chosen),
+        "records": records_view(run if run.texts else chosen),
+        "filtered": filter_view(run if run.provenance else chosen),
+        "speech": speech_view(run if run.evaluation else chosen),
         "curves": [
             made
             for x_key in ("step", "seconds")
@@ -103,12 +113,13 @@ def run_view(run: RunFolder, *, name: str, anchor: str) -> dict[str, Any]:
 
 def _sentence(run: RunFolder, headline: ArmRow | None, metric: str) -> str:
     """The result in one sentence; what is not known is not claimed."""
+    one, several = tables.input_words(run.summary)
     score = headline.score if headline else math.nan
     score = score if math.isfinite(score) else score_of(run, "student")
     if _is_pool(run):
-        images = tables.format_count(number(mapping(run.summary.get("pool")).get("images")))
-        clean = "; no real image was read to make them" if _is_data_free(run, headline) else ""
-        return f"A pool of {images} images was synthesised from the teacher{clean}."
+        count = tables.format_count(number(mapping(run.summary.get("pool")).get("images")))
+        clean = f"; no real {one} was read to make them" if _is_data_free(run, headline) else ""
+        return f"A pool of {count} {several} was synthesised from the teacher{clean}."
     if not math.isfinite(score):
         return "This run has no score yet." if run.summary else "This run has no summary yet."
     size = tables.format_size(number(mapping(run.summary.get("student")).get("parameters")))
@@ -119,7 +130,7 @@ def _sentence(run: RunFolder, headline: ArmRow | None, metric: str) -> str:
     if math.isfinite(teacher := score_of(run, "teacher")):
         clauses.append(f"its teacher has {tables.format_score(teacher, metric)}")
     if _is_data_free(run, headline):
-        clauses.append("no real image was read to train it")
+        clauses.append(f"no real {one} was read to train it")
     # A number and its percent sign stay on one line.
     return ("; ".join(clauses) + ".").replace(" %", "\u00a0%")
 
@@ -160,6 +171,7 @@ def _figures(run: RunFolder, headline: ArmRow | None, metric: str) -> list[dict[
     read = headline.real_images_read if headline else images_read(run)
     best = number(student.get("best_score"))
     interval = interval_of(run, score)
+    _, several = tables.input_words(summary)
     figures = [
         (
             "Student",
@@ -182,7 +194,7 @@ def _figures(run: RunFolder, headline: ArmRow | None, metric: str) -> list[dict[
             else "parameters",
         ),
         (
-            "Real images read",
+            f"Real {several} read",
             read,
             tables.format_count(read),
             "to make this pool" if _is_pool(run) else "to train this student",
@@ -201,7 +213,9 @@ def _figures(run: RunFolder, headline: ArmRow | None, metric: str) -> list[dict[
     pool = mapping(summary.get("pool"))
     if math.isfinite(images := number(pool.get("images"))):
         note = _diversity(mapping(pool.get("diversity")))
-        figures.append(("Images in the pool", images, tables.format_count(images), note))
+        figures.append(
+            (f"{several.capitalize()} in the pool", images, tables.format_count(images), note)
+        )
     return [
         {"label": label, "note": note, **exact(value, text)} for label, value, text, note in figures
     ]

@@ -29,6 +29,9 @@ class RunFolder:
         answers: bytes of a whole `answers.png`, or None.
         selection: `selection.json`, or empty.
         selection_picture: bytes of a whole `selection.png`, or None.
+        texts: `synthetic.json`, or empty.
+        provenance: `provenance.json`, or empty.
+        readings: `readings.json`, or empty.
     """
 
     name: str
@@ -44,6 +47,9 @@ class RunFolder:
     answers: bytes | None = None
     selection: Mapping[str, Any] = field(default_factory=dict)
     selection_picture: bytes | None = None
+    texts: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    readings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def headline(self) -> "RunFolder":
@@ -68,6 +74,9 @@ def read_run(folder: Path, *, sub_run: bool = False) -> RunFolder:
     }
     # In a run that only gathers arms, these are the arms' own.
     gathers = bool(arms)
+    # Texts and audio are no picture.
+    card = mapping(_read_json(folder / "student.json", [], needed=False).get("input"))
+    unseen = card.get("kind", "image") != "image"
     recipe = _read(folder / "recipe.yaml", notes, needed=not sub_run)
     return RunFolder(
         name=folder.resolve().name,
@@ -75,7 +84,7 @@ def read_run(folder: Path, *, sub_run: bool = False) -> RunFolder:
         record=_read_json(folder / "run.json", notes, needed=not sub_run),
         recipe=(recipe or b"").decode("utf-8", errors="replace"),
         metrics=_read_lines(folder / "metrics.jsonl", notes, needed=not gathers),
-        samples=_read_png(folder / "samples.png", notes, needed=not (gathers or sub_run)),
+        samples=_read_png(folder / "samples.png", notes, needed=not (gathers or sub_run or unseen)),
         arms=arms,
         notes=notes,
         # Not every task and input has them, and older runs do not.
@@ -84,6 +93,9 @@ def read_run(folder: Path, *, sub_run: bool = False) -> RunFolder:
         answers=_read_png(folder / "answers.png", notes, needed=False),
         selection=_read_json(folder / "selection.json", notes, needed=False),
         selection_picture=_read_png(folder / "selection.png", notes, needed=False),
+        texts=_read_json(folder / "synthetic.json", notes, needed=False),
+        provenance=_read_json(folder / "provenance.json", notes, needed=False),
+        readings=_read_json(folder / "readings.json", notes, needed=False),
     )
 
 

@@ -12,9 +12,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-_NAMES = {"miou": "mIoU", "iou": "IoU", "auc": "AUC", "f1": "F1"}
+_NAMES = {"miou": "mIoU", "iou": "IoU", "auc": "AUC", "f1": "F1", "wer": "WER", "cer": "CER"}
+# Errors per word or letter: shares that may be above one.
+_ERROR_RATES = ("wer", "cer")
 # What "per_class" of an evaluation holds, by the score of all classes that stands beside it.
 _PER_CLASS = {"accuracy": "accuracy", "miou": "IoU"}
+# What one input is called, and several, by its kind.
+_INPUTS = {
+    "image": ("image", "images"),
+    "text": ("text", "texts"),
+    "audio": ("recording", "recordings"),
+}
 _SHARES = ("accuracy", "agreement", "iou", "f1", "auc", "rate", "recall", "precision")
 UNKNOWN = "–"
 
@@ -87,8 +95,8 @@ def arms_table(summary: Mapping[str, Any]) -> "Table":
             "gap closed",
             "seconds",
             "teacher passes",
-            "images made",
-            "real images read",
+            f"{input_words(summary)[1]} made",
+            f"real {input_words(summary)[1]} read",
         ),
     ):
         table.add_column(heading, justify="right")
@@ -120,6 +128,16 @@ def result_table(summary: Mapping[str, Any]) -> "Table":
     return table
 
 
+def input_words(*summaries: Mapping[str, Any]) -> tuple[str, str]:
+    """What one input of the runs is called, and what several are.
+
+    Summaries of earlier versions tell no kind and are of images; what is of several kinds, or of
+    one without a word of its own, is just inputs.
+    """
+    kinds = {str(summary.get("input_kind") or "image") for summary in summaries}
+    return _INPUTS.get(kinds.pop() if len(kinds) == 1 else "", ("input", "inputs"))
+
+
 def method_name(summary: Mapping[str, Any]) -> str:
     """The method with what was switched on, so that nobody takes it for the published one."""
     name, variant = str(summary.get("method") or UNKNOWN), str(summary.get("variant") or "")
@@ -146,7 +164,7 @@ def result_figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("peak memory", UNKNOWN if math.isnan(memory) else f"{memory:,.0f} MiB"),
         ("teacher queries", format_count(number(summary.get("teacher_queries")))),
         ("of them back to the inputs", format_count(number(passes.get("backward")))),
-        ("images made", format_count(number(summary.get("images_made")))),
+        (f"{input_words(summary)[1]} made", format_count(number(summary.get("images_made")))),
         ("result", str(result.get("path") or UNKNOWN)),
     ]
     if isinstance(summary.get("real_data"), list):
@@ -186,12 +204,13 @@ def class_score(evaluation: Mapping[str, Any]) -> str:
 
 def is_share(metric: str) -> bool:
     """Whether a metric is a share of one and reads best as a percentage."""
-    return any(word in metric.lower() for word in _SHARES)
+    return metric.lower() in _ERROR_RATES or any(word in metric.lower() for word in _SHARES)
 
 
 def format_score(value: float, metric: str) -> str:
     """A score: "96.8 %" for shares in [0, 1], else four digits."""
-    if is_share(metric) and -1.0 <= value <= 1.0:
+    bounded = -1.0 <= value <= 1.0 or (metric.lower() in _ERROR_RATES and math.isfinite(value))
+    if is_share(metric) and bounded:
         return format_share(value)
     return f"{value:.4g}" if math.isfinite(value) else UNKNOWN
 

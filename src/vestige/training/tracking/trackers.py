@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vestige.core import parallel, seeding
-from vestige.core.types import InputSpec
+from vestige.core.types import Inputs, InputSpec
 from vestige.errors import MissingExtraError, RecipeError
 from vestige.training import guard
 from vestige.training.files import write_json
@@ -149,7 +149,7 @@ class Trackers:
             self._picture = None
         self._write()
 
-    def picture(self, step: int, spec: InputSpec, samples: tuple[Tensor, Tensor] | None) -> None:
+    def picture(self, step: int, spec: InputSpec, samples: tuple[Inputs, Tensor] | None) -> None:
         """A sheet of the latest inputs, where they are images.
 
         It is sent after the rows of its step: some trackers refuse steps that go back.
@@ -160,6 +160,8 @@ class Trackers:
             samples: inputs (N, *shape) in the teacher's normalised space, and classes; or None.
         """
         if not self._open or samples is None or not drawable(spec):
+            return
+        if not isinstance(samples[0], Tensor):
             return
         images = spec.denormalize(samples[0][-_SHEET_IMAGES:].float())
         scale = max(1, 64 // images.shape[-1])
