@@ -85,6 +85,9 @@ def test_wheel_holds_the_whole_package(wheel: Path) -> None:
         r"vestige/cli/main\.py",
         r"vestige/recipes/\w+\.ya?ml",
         r"vestige/.+\.safetensors",
+        r"vestige/models/prompt_files/ag-news\.yaml",
+        r"vestige/recipes/teachers/bert-tiny\.yaml",
+        r"vestige/federated/template/client_app\.py\.j2",
         r"vestige/.+\.(html|jinja2?|j2)",
     ],
 )

@@ -262,6 +262,11 @@ def test_arms_of_a_claim_have_the_same_number_of_student_steps(name):
         for arm in case.arms or recipe.arms:
             run = recipe.arm(arm)
             cfg = run.method_config()
+            whole = getattr(recipe.method_config(), "samples", None)
+            if getattr(cfg, "samples", whole) != whole:
+                # What few texts are worth is the question; they are passed over as often.
+                assert cfg.epochs == recipe.method_config().epochs
+                continue
             # Of images; where foreign ones stand beside the fakes it is as many of each.
             rows = cfg.batch_size * (2 if getattr(cfg, "mix_foreign", False) else 1)
             work.add((student_updates(run.method, cfg.model_dump()), rows))

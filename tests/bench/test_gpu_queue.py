@@ -248,6 +248,11 @@ def test_every_entry_is_valid(name: str) -> None:
     recipe = load_recipe(
         entry["recipe"], preset=entry["preset"], overrides=entry.get("overrides", ())
     )
-    assert recipe.data == teacher.data
+    # Of one set of recordings they may take other speakers.
+    same = "[" in teacher.data and teacher.input.spec().kind == "audio"
+    assert recipe.data is not None
+    assert recipe.data == teacher.data or (
+        same and recipe.data.partition("[")[0] == teacher.data.partition("[")[0]
+    )
     assert recipe.method == entry["method"]
     assert set(entry["wanted"]) == {"teacher_score", "share_of_teacher"}

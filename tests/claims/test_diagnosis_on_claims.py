@@ -39,8 +39,14 @@ BLIND = {
     ),
     "pre-dfkd/digits/no-replay",
     "pre-dfkd/digits/replay",
+    # Texts with the wrong label or none: no teacher's answer is there to hold them against.
+    "zerogen/ag-news/shuffled",
+    "zerogen/ag-news/unlabelled",
 }
 ALARMED = {
+    # Batches that are made hard for it; and real texts, every second one of which is of one class.
+    "asdfd/mentions/asdfd",
+    "asdfd/mentions/real",
     # The adversary keeps agreement on fresh inputs below half, though the student is fair.
     "zskt/digits/same",
     "zskt/digits/no-attention",

@@ -119,6 +119,22 @@ def test_lists_hold_everything_there_is():
     assert data[BUILT_IN]["splits"] == {"train": 1168, "select": 129, "test": 500}
 
 
+def test_sets_of_texts_are_listed_with_those_of_images(tmp_path, monkeypatch):
+    (tmp_path / "things").mkdir()
+    (tmp_path / "things" / "train.jsonl").write_text('{"text": "a", "label": 0}\n' * 3)
+    monkeypatch.setenv("VESTIGE_DATA", str(tmp_path))
+    data = {row["name"]: row for row in json.loads(run("list", "data", "--json"))}
+    where = str(tmp_path / "things")
+    assert data["things"] == {
+        "name": "things",
+        "kind": "text",
+        "where": where,
+        "splits": {"train": 3},
+    }
+    assert data[BUILT_IN]["kind"] == "image"
+    assert "train 3" in run("list", "data")
+
+
 def test_without_filters_methods_and_is_refused_elsewhere(program):
     kept = json.loads(run("list", "methods", "--json", "--without", "batchnorm"))
     assert all(not row["batchnorm"] for row in kept)

@@ -1,6 +1,7 @@
 """What every registered method holds; a new file in `vestige.methods` is picked up by itself."""
 
 import copy
+import functools
 import inspect
 import math
 import re
@@ -12,18 +13,34 @@ from typing import Any
 
 import pytest
 import torch
+from ngram import TOPICS, NGram, made_up
 from pydantic import BaseModel
 from torch import Tensor, nn
 
 from vestige.core.functional import functional
 from vestige.core.protocols import Source, StudentUpdate
-from vestige.core.types import Batch, InputSpec, Loss, Prediction, Requires, Step
+from vestige.core.texts import to_bytes
+from vestige.core.types import (
+    Access,
+    Batch,
+    InputSpec,
+    Loss,
+    Prediction,
+    Requires,
+    Step,
+    count_rows,
+    pick_rows,
+)
 from vestige.errors import ContractError
+from vestige.models.factory import build_model
 from vestige.recipes.build import build_method
 from vestige.recipes.catalog import METHODS
+from vestige.sources.audio import AudioSource
 from vestige.sources.images import TensorSource
 from vestige.sources.noise import NoiseSource
 from vestige.tasks.classification import Classification
+from vestige.tasks.speech import Speech
+from vestige.tasks.text import Text
 from vestige.teachers.white_box import WhiteBoxTeacher
 from vestige.training.checkpoint import CheckpointStore
 from vestige.training.context import RunContext
@@ -49,6 +66,14 @@ SMALL = {
     "negatives": 4,
     "head_queries": 2,
     "head_dim": 4,
+    "label_rounds": 2,
+    "guess_steps": 2,
+    "difficulty_steps": 2,
+    "length": 8,
+    # A tenth of them, held back, is one batch.
+    "samples": 10 * ROWS,
+    "round_texts": 16 * ROWS,
+    "epochs": ROUNDS,
 }
 OPTIONS = {
     "bn_weight": 0.5,
@@ -66,15 +91,26 @@ OPTIONS = {
     "log_base": "e",
     "selection": "epoch",
     "split_bn": True,
+    "freeze_encoder": True,
+    "mask_share": 0.4,
+    "shortest": 5,
 }
+# What a method for sequences needs, which the tiny image classifiers are not.
+AUDIO = InputSpec.audio(0.1, 8000)
+SAID = to_bytes(["one", "two", "two", "one"], 8)
+TEXT = InputSpec.text(128)
+NEWS = made_up(120)
+# Kinds of tasks that there are tiny networks for here, first come first served.
+KINDS = ("classification", "speech", "text")
 
 
-def fits(name: str) -> bool:
-    """Whether the tiny image classifiers can serve the method at all."""
-    return "classification" in METHODS.get(name).requires.tasks
+def kind_of(name: str) -> str:
+    """The kind of task that a method is tried on; "" where it is tried elsewhere."""
+    tasks = METHODS.get(name).requires.tasks
+    return next((kind for kind in KINDS if kind in tasks), "")
 
 
-NAMES = [name for name in METHODS.names() if fits(name)]
+NAMES = [name for name in METHODS.names() if kind_of(name)]
 CASES = [
     pytest.param(name, options, id=f"{name}-{'options' if options else 'published'}")
     for name in NAMES
@@ -89,8 +125,8 @@ class Job:
 
     cfg: Any
     method: Any
-    task: Classification
-    teachers: list[WhiteBoxTeacher]
+    task: Any
+    teachers: list[Any]
     student: nn.Module
     sources: Mapping[str, Source]
     seed: int
@@ -98,8 +134,8 @@ class Job:
     @property
     def nets(self) -> dict[str, nn.Module]:
         """Every network by the name that `passes` uses for it."""
-        parts = {n: p for n, p in self.method.parts().items() if isinstance(p, nn.Module)}
-        return {"student": self.student, "teacher": self.teachers[0], **parts}
+        parts = {"student": self.student, "teacher": self.teachers[0], **self.method.parts()}
+        return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
 def assemble(
@@ -115,9 +151,11 @@ def assemble(
     values = {**SMALL, **options}
     fields = method.Config.model_fields
     cfg = method.Config(**{key: value for key, value in values.items() if key in fields})
-    task = Classification(SPEC, 3)
-    teachers = [
-        WhiteBoxTeacher(copy.deepcopy(teacher)) for _ in range(max(1, method.requires.teachers[0]))
+    task, teacher, student = fitting(name, teacher, student)
+    count = max(1, method.requires.teachers[0])
+    teachers: list[Any] = [
+        WhiteBoxTeacher(one) if isinstance(one, nn.Module) else one
+        for one in (copy.deepcopy(teacher) for _ in range(count))
     ]
     student = copy.deepcopy(student)
     sources = {source: source_of(source) for source in method.requires.sources}
@@ -125,8 +163,67 @@ def assemble(
     return Job(cfg, built, task, teachers, student, sources, seed)
 
 
+def fitting(name: str, teacher: nn.Module, student: nn.Module) -> tuple[Any, Any, Any]:
+    """A task that the method is for, with its teacher and student: the given ones for images.
+
+    Others read sequences, and draw while they train if the given student does.
+    """
+    kind = kind_of(name)
+    if kind == "classification":
+        return Classification(SPEC, 3), teacher, student
+    pytest.importorskip("transformers")
+    rate = 0.1 if any(isinstance(layer, nn.Dropout) for layer in student.modules()) else 0.0
+    if kind == "speech":
+        pytest.importorskip("jiwer")
+        task, sequences = Speech(AUDIO, 8), recognizer()
+        made = copy.deepcopy(sequences).with_layers(decoder_layers=1)
+    else:
+        task, sequences = Text(TEXT, len(TOPICS)), reader()
+        made = copy.deepcopy(sequences).with_layers(layers=1)
+        if METHODS.get(name).requires.access == Access.LABELS:
+            # Nothing is asked of it but what it writes.
+            sequences = NGram(NEWS)
+    for layer in made.modules():
+        if isinstance(getattr(layer, "dropout", None), float):
+            layer.dropout = rate
+        if isinstance(layer, nn.Dropout):
+            layer.p = rate
+    return task, sequences, made
+
+
+@functools.cache
+def reader() -> Any:
+    """A classifier of texts of some thousand weights that knows its words and nothing else."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        args = {"layers": 2, "width": 8, "heads": 2, "vocabulary": 120, "tokens": 12}
+        made: Any = build_model("bert", TEXT, len(TOPICS), dropout=0.0, **args)
+    made.learn_vocabulary(to_bytes([text for text, _ in NEWS], TEXT.shape[0]))
+    return made.eval()
+
+
+@functools.cache
+def recognizer() -> Any:
+    """A recogniser of some thousand weights that has learned when to stop."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        made: Any = build_model("whisper", AUDIO, 8, width=8, ffn=8, mel_bins=8, max_tokens=5)
+        made.learn_vocabulary(SAID)
+        optimizer = torch.optim.Adam(made.parameters(), 3e-2)
+        for _ in range(25):
+            loss = made.training_loss(torch.randn(4, *AUDIO.shape) * 0.1, SAID)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        made.zero_grad()
+    return made.eval()
+
+
 def source_of(name: str) -> Source:
-    """Noise, or for a method that chooses among images some with numbers."""
+    """Noise, or for a method that chooses among images or recordings some with numbers."""
+    if name == "audio":
+        sounds = torch.randn(20, *AUDIO.shape, generator=torch.Generator().manual_seed(7)) * 0.1
+        return AudioSource(sounds, AUDIO.sample_rate_hz, origin="unlabelled", name="heap")
     if name != "foreign":
         return NoiseSource(SPEC)
     rows = torch.randn(40, *SPEC.shape, generator=torch.Generator().manual_seed(7))
@@ -258,7 +355,7 @@ class Drop(Plain):
     def student_batch(self, batch: Batch) -> Batch:
         # What the teacher said already is not asked again.
         self.known += "teacher" in batch.extra
-        self.dropped += 0 if "teacher" in batch.extra else len(batch) - self.keep
+        self.dropped += 0 if "teacher" in batch.extra else max(0, len(batch) - self.keep)
         return batch.rows(slice(0, self.keep))
 
 
@@ -267,8 +364,9 @@ class Extra(Plain):
 
     def source_terms(self, loss: Loss, batch: Batch) -> dict[str, Tensor]:
         assert loss.inputs is not None
-        assert loss.inputs.requires_grad
-        return {"extra": 0.1 * loss.inputs.square().mean()}
+        given = loss.inputs if isinstance(loss.inputs, Tensor) else next(iter(loss.inputs.values()))
+        assert given.requires_grad
+        return {"extra": 0.1 * given.square().mean()}
 
 
 class Restless(Plain):
@@ -301,8 +399,11 @@ class Restless(Plain):
         return loss
 
 
-def state_of(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
+def state_of(network: Any) -> dict[str, Any]:
+    if not isinstance(network, nn.Module):
+        # All that a teacher which is no network knows.
+        return copy.deepcopy(dict(network.table))
+    return {name: value.clone() for name, value in network.state_dict().items()}
 
 
 def equal(first: Any, second: Any) -> bool:
@@ -342,7 +443,8 @@ def hooks(module: nn.Module) -> int:
 def test_every_method_is_covered_or_of_another_task():
     assert {"dfad", "kd"} <= set(NAMES)
     others = set(METHODS.names()) - set(NAMES)
-    assert all("classification" not in METHODS.get(name).requires.tasks for name in others)
+    assert not any(set(KINDS) & set(METHODS.get(name).requires.tasks) for name in others)
+    assert {kind_of(name) for name in NAMES} == set(KINDS)
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
@@ -360,6 +462,8 @@ def test_two_rounds_leave_a_trained_student_and_an_untouched_teacher(
     assert outcome.result.kind
     for before, teacher in zip(teachers, job.teachers, strict=True):
         assert equal(before, state_of(teacher))
+        if not isinstance(teacher, nn.Module):
+            continue
         assert not any(layer.training for layer in teacher.modules())
         assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
     assert not equal(student, state_of(job.student))
@@ -377,7 +481,8 @@ def test_steps_carry_finite_losses_without_a_graph(name, options, tiny_teacher, 
     for loss in losses:
         tensors = [loss.total, *loss.terms.values()]
         assert all(math.isfinite(float(value)) for value in tensors)
-        rows = [loss.inputs, *(p and p.logits for p in (loss.teacher, loss.student))]
+        seen = loss.inputs.values() if isinstance(loss.inputs, Mapping) else [loss.inputs]
+        rows = [*seen, *(p and p.logits for p in (loss.teacher, loss.student))]
         assert not any(value.requires_grad for value in (*tensors, *rows) if value is not None)
 
 
@@ -449,9 +554,9 @@ def test_every_student_pass_of_a_loss_goes_through_model(
     def look(update: StudentUpdate, ctx: Any) -> None:
         elsewhere = functional(update.model, {})
 
-        def record(*args: Any) -> Any:
+        def record(*args: Any, **named: Any) -> Any:
             passes.append("given")
-            return elsewhere(*args)
+            return elsewhere(*args, **named)
 
         buffers = {name: buffer.clone() for name, buffer in job.student.named_buffers()}
         passes.clear()
@@ -503,9 +608,11 @@ def test_the_teacher_is_aligned_with_the_inputs_row_by_row(
         turned = update.loss_fn(functional(update.model, {}), update.batch.rows(order))
         assert straight.inputs is not None
         assert turned.inputs is not None
-        assert torch.equal(straight.inputs[order], turned.inputs)
+        assert equal(pick_rows(straight.inputs, order), turned.inputs)
         for role in ("teacher", "student"):
             one, other = getattr(straight, role), getattr(turned, role)
+            if role == "teacher" and one is None and other is None:
+                continue  # It said what it had to say when it made them.
             # Rounding: BatchNorm of the student sums the rows in another order.
             torch.testing.assert_close(one.logits[order], other.logits, rtol=1e-4, atol=1e-5)
 
@@ -546,10 +653,15 @@ def test_rows_that_a_plug_in_drops_are_not_asked(name, options, tiny_teacher, ti
     drive(fewer, plugins={"drop": drop})
     assert drop.dropped > 0 or drop.known > 0
     asked = [sum(teacher.queries for teacher in job.teachers) for job in (whole, fewer)]
-    assert asked[0] - asked[1] == drop.dropped * len(whole.teachers)
+    # A teacher that wrote the inputs is not asked about them.
+    asks = len(whole.teachers) if whole.method.passes(whole.cfg).get("teacher_forward") else 0
+    assert asked[0] - asked[1] == drop.dropped * asks
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [case for case in CASES if kind_of(str(case.values[0])) == "classification"],
+)
 def test_a_frozen_batchnorm_of_the_student_stays_frozen(
     name, options, tiny_teacher, dropout_student
 ):
@@ -570,24 +682,42 @@ def test_passes_are_what_hooks_count(name, options, tiny_teacher, tiny_student):
     moving: set[int] = set()
 
     def count(net: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            counts[f"{net}_forward"] += 1
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any], output: Any
+        ) -> None:
             answer = Prediction.of(output).logits
+            # Two batches in one call are two passes.
+            times = max(1, count_rows(answer) // ROWS) if of_rows(net) else 1
+            counts[f"{net}_forward"] += times
             if not answer.requires_grad:
                 return
             # A network of the method's own is trained by whatever it is fed with, unless it only
             # judges what another one makes.
             judges = bool(moving) and not moving & {id(p) for p in module.parameters()}
-            if (net in ("student", "teacher") or judges) and args[0].requires_grad:
+            # Tokens handed over by name are data, embeddings may be what is moved.
+            fed = [one for one in (*args[:1], *named.values()) if isinstance(one, Tensor)]
+            moved = [one for one in fed if one.requires_grad]
+            if (net in ("student", "teacher") or judges) and moved:
                 # At the input: a loss may read what lies inside and leave the answer alone.
-                args[0].register_hook(lambda grad: counts.update([f"{net}_backward_to_input"]))
+                once(moved[0], f"{net}_backward_to_input", times)
             else:
-                answer.register_hook(lambda grad: counts.update([f"{net}_backward"]))
+                once(answer, f"{net}_backward", times)
 
         return hook
 
+    def once(value: Tensor, key: str, times: int) -> None:
+        def passed(grad: Tensor) -> None:
+            counts[key] += times
+            # What is moved stays the same tensor from pass to pass.
+            handle.remove()
+
+        handle = value.register_hook(passed)
+
+    def of_rows(net: str) -> bool:
+        return kind_of(name) == "text" and net in ("student", "teacher")
+
     for net, module in job.nets.items():
-        module.register_forward_hook(count(net))
+        module.register_forward_hook(count(net), with_kwargs=True)
     drive(job, counts=counts, moving=moving)
     passes = Counter(job.method.passes(job.cfg))
     observed = passes.pop("teacher_observed", 0)
@@ -616,7 +746,9 @@ def test_a_plug_in_for_sources_works_or_is_refused(name, tiny_teacher, tiny_stud
             trainer(job, plugins={"extra": Extra()}).run()
         return
     steps = drive(job, plugins={"extra": Extra()})
+    # A step along a direction of the method's own is no update: it has no loss to add to.
     extended = [step.loss for step in steps if step.role == "source"]
+    extended = [loss for loss in extended if loss is None or loss.inputs is not None]
     assert extended
     for loss in extended:
         assert loss is not None

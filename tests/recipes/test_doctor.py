@@ -53,6 +53,15 @@ def test_here_the_base_works_and_every_area_is_looked_at():
         assert fact.state == "ok" or fact.mend or fact.name == "GPU", fact
 
 
+def test_sets_of_texts_are_looked_at_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "things").mkdir()
+    (tmp_path / "things" / "train.jsonl").write_text('{"text": "a", "label": 0}\n' * 3)
+    monkeypatch.setenv("VESTIGE_DATA", str(tmp_path))
+    facts = by_name(list(doctor._data()), "data")
+    assert (facts["things"].state, facts["things"].found) == ("ok", "train 3")
+    assert facts["mnist"].state == "missing" and "train.npz" in facts["mnist"].mend
+
+
 def test_the_output_names_neither_user_nor_host(monkeypatch: pytest.MonkeyPatch):
     home = Path.home()
     monkeypatch.setenv("VESTIGE_DATA", str(home / "sets"))

@@ -225,7 +225,9 @@ def test_what_does_not_fit_is_told(changes, message):
 
 
 def test_inputs_that_nobody_can_open_are_told():
-    with pytest.raises(RecipeError, match="got input kind 'smell', expected one of image, vector"):
+    with pytest.raises(
+        RecipeError, match="got input kind 'smell', expected one of audio, image, text, vector"
+    ):
         build(validate(recipe(input={"kind": "smell", "shape": [2, 3]})))
 
 

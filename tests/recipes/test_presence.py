@@ -41,6 +41,11 @@ def test_missing_weights_sets_and_factories_are_all_told_at_once(
     assert len(found) == 5
 
 
+def test_a_language_model_that_is_not_there_is_told():
+    found = absent(load_recipe("zerogen", preset="paper"))
+    assert "teacher.lm: got 'gpt2-xl', which is no folder here; correct the path" in found
+
+
 def test_members_of_an_ensemble_are_looked_for_too():
     (told,) = lacking("teacher={ensemble: ['builtin:digits-convnet', gone/student.json]}")
     assert told.startswith("teacher.ensemble.1: got 'gone/student.json', which is no file here")

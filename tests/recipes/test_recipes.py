@@ -1,47 +1,26 @@
-"""What a recipe may say, how its layers merge, and that every shipped preset builds and runs."""
+"""What a recipe may say, how its layers merge, and that every shipped preset is valid."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from vestige.core.types import count_parameters
-from vestige.data.image import BUILT_IN, load_images
-from vestige.errors import DataError, RecipeError, ShapeError
+from vestige.core.types import InputSpec
+from vestige.errors import RecipeError, ShapeError
 from vestige.models.factory import build_model
 from vestige.recipes import catalog
 from vestige.recipes.build import build
 from vestige.recipes.files import merge, read_yaml
 from vestige.recipes.loading import load_recipe, validate
-from vestige.recipes.run import run_recipe
-from vestige.recipes.schema import Recipe
-from vestige.recipes.teacher_schema import load_teacher_recipe
 from vestige.recipes.updates import student_updates
-from vestige.teachers.loading import BuiltinCard, ImageInput, fingerprint
-from vestige.training.files import tensors_to_bytes, write_bytes, write_text
 
 PRESETS = [
     (name, preset)
     for name in catalog.shipped()
     for preset in (read_yaml(name).get("presets") or {"": {}})
 ]
-# The paper's batch and rounds at the smallest size; networks and everything else stay as shipped.
-TINY = {
-    "rounds": 1,
-    "iterations": 1,
-    "student_steps": 1,
-    "batch_size": 2,
-    "warmup": 0,
-    "batches_per_round": 1,
-    "inversion_steps": 1,
-    "synthesis_batch_size": 2,
-}
-DEEP = [("dfad-seg", "gpu"), ("dfad-seg", "paper"), ("mosaickd-seg", "gpu")]
 GOOD: dict[str, Any] = {
     "method": "kd",
     "teacher": "builtin:digits-convnet",
@@ -60,65 +39,6 @@ def mistakes(raw: dict[str, Any]) -> list[str]:
         head == f"the recipe has {f'{len(lines)} mistakes' if len(lines) > 1 else 'one mistake'}:"
     )
     return [line.removeprefix("  - ") for line in lines]
-
-
-@pytest.fixture(scope="session")
-def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
-    """Makes random weights in the shape that the gpu and paper presets ask for, by model."""
-    folder = tmp_path_factory.mktemp("weights")
-
-    def made(model: str, num_classes: int) -> Path:
-        path = folder / f"{model}-{num_classes}.safetensors"
-        if not path.exists():
-            spec = ImageInput(channels=3, height=32, width=32).spec()
-            save_file(build_model(model, spec, num_classes).state_dict(), path)
-        return path
-
-    return made
-
-
-@pytest.fixture(scope="session")
-def quick_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher cache in which nothing was trained yet."""
-    return tmp_path_factory.mktemp("cache")
-
-
-def passes_of(recipe: Recipe) -> Mapping[str, float]:
-    """Passes of a round, which are a matter of the settings alone."""
-    method = catalog.METHODS.get(recipe.method)
-    return method.passes(object.__new__(method), recipe.method_config())
-
-
-def put_in_cache(name: str, cache: Path) -> None:
-    """The recipe's own network, untrained, under the name that the cache uses.
-
-    Only how well it was trained is not as the recipe says, and that is not what a run of one round
-    is about: weights, card, digest and fingerprints are checked on loading as always.
-    """
-    recipe = load_teacher_recipe(name)
-    spec = recipe.input.spec()
-    module = build_model(recipe.model.name, spec, recipe.num_classes, **recipe.model.args)
-    card = BuiltinCard(
-        name=recipe.name,
-        model=recipe.model.name,
-        args=recipe.model.args,
-        input=recipe.input,
-        num_classes=recipe.num_classes,
-        classes=tuple(map(str, range(recipe.num_classes))),
-        data=recipe.data,
-        train_fingerprint="",
-        test_fingerprint="",
-        recipe_sha256=recipe.sha256(),
-        weights_fingerprint=fingerprint(module),
-        parameters=count_parameters(module),
-        accuracy=0.1,
-        torch=torch.__version__,
-        task=recipe.task,
-        task_config=recipe.task_config,
-    )
-    stem = cache / "teachers" / f"{recipe.name}-{recipe.sha256()[:12]}"
-    write_bytes(stem.with_suffix(".safetensors"), tensors_to_bytes(module.state_dict()))
-    write_text(stem.with_suffix(".json"), card.model_dump_json())
 
 
 # Shipped recipes
@@ -141,79 +61,6 @@ def test_the_header_says_what_it_is_what_it_needs_and_how_to_start_it(name: str)
     assert any("Needs" in line for line in header)
     command = "vestige demo" if name == "demo" else f"vestige run {name}"
     assert any(command in line for line in header)
-
-
-@pytest.mark.parametrize(
-    ("name", "preset"),
-    [
-        # ResNet-50 in output stride 8, judged for each arm: minutes on two cores.
-        pytest.param(*case, marks=pytest.mark.slow if case in DEEP else ())
-        for case in PRESETS
-    ],
-)
-def test_every_preset_runs_one_round_at_batch_2(
-    name: str,
-    preset: str,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
-):
-    raw = load_recipe(name, preset=preset or None)
-    data = {raw.data, *(source.data for source in raw.sources.values())} - {None}
-    for needed in sorted(data):
-        try:
-            load_images(needed, "test")
-        except DataError as error:
-            pytest.skip(str(error))
-    overrides = ["trainer.device=cpu"]
-    if isinstance(raw.teacher, dict):
-        made = request.getfixturevalue("random_weights")
-        weights = made(raw.teacher["model"], raw.num_classes)
-        overrides.append(f"teacher.weights={weights}")
-    elif raw.teacher.startswith("recipe:"):
-        cache = request.getfixturevalue("quick_cache")
-        monkeypatch.setenv("VESTIGE_CACHE", str(cache))
-        put_in_cache(raw.teacher.removeprefix("recipe:"), cache)
-    if raw.data != BUILT_IN:
-        # Judging 10,000 images by two ResNets takes minutes; 64 go the same way.
-        monkeypatch.setattr("vestige.data.image.load_images", _few_images)
-    recipe = load_recipe(name, preset=preset or None, overrides=overrides)
-    for arm in [None, *recipe.arms]:
-        run = recipe if arm is None else recipe.arm(arm)
-        known = type(run.method_config()).model_fields
-        tiny = {key: value for key, value in TINY.items() if key in known}
-        run = run.model_copy(update={"config": {**run.config, **tiny}})
-        before = build(run).student.state_dict()
-        # A round without BatchNorm's two rows would have failed here.
-        summary = run_recipe(run, tmp_path / (arm or "main"), report=False)
-        after = _student(tmp_path / (arm or "main"))
-        assert summary["complete"]
-        passes = passes_of(run)
-        # A pool method that has no generator inverts one batch instead of a generator step.
-        steps = sum(count for key, count in passes.items() if key.endswith("_step"))
-        steps += "pool" in summary and "generator_step" not in passes
-        # One step moves a network and what reads it.
-        steps -= sum(passes.get(key, 0) for key in ("head_step", "memory_generator_step"))
-        replays = run.method == "pre-dfkd"
-        forwards = passes["teacher_forward"] + passes.get("teacher_observed", 0)
-        if getattr(run.method_config(), "mix_foreign", False):
-            # The student sees as many foreign images as fakes.
-            forwards += passes["student_step"]
-        assert summary["steps"] == steps
-        assert summary["teacher_queries"] == 2 * forwards or (
-            replays and summary["teacher_queries"] > 2 * forwards
-        )
-        assert any(not torch.equal(before[key].cpu(), after[key]) for key in before)
-        assert all(torch.isfinite(value.float()).all() for value in after.values())
-
-
-def _few_images(name: str, split: str) -> Any:
-    found = load_images(name, split)
-    return replace(found, images=found.images[:64], labels=found.labels[:64])
-
-
-def _student(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "student.safetensors")
 
 
 def test_one_row_is_refused_where_it_is_asked_for():
@@ -481,13 +328,13 @@ def test_arms_have_the_same_number_of_student_steps(name, expected):
 # Building
 
 
-def test_a_teacher_without_a_card_needs_input_and_classes(
-    random_weights: Callable[[str, int], Path],
-):
+def test_a_teacher_without_a_card_needs_input_and_classes(tmp_path: Path):
+    weights = tmp_path / "weights.safetensors"
+    save_file(build_model("lenet5", InputSpec.image(3, 32, 32), 10).state_dict(), weights)
     recipe = load_recipe(
         "kd",
         overrides=[
-            f"teacher={{model: resnet34, weights: {random_weights('resnet34', 10)}}}",
+            f"teacher={{model: lenet5, weights: {weights}}}",
             "data=null",
         ],
     )

@@ -59,7 +59,7 @@ def test_the_recipe_that_a_run_leaves_says_the_same_again(tmp_path):
     assert config_in(tmp_path / "a") == config_in(tmp_path / "b")
 
 
-@pytest.mark.parametrize("name", ["dfad", "dfad-remedies", "kd", "demo"])
+@pytest.mark.parametrize("name", shipped())
 def test_shipped_recipes_are_not_touched_by_suggestions(name):
     presets = yaml.safe_load(shipped()[name].read_text()).get("presets") or {}
     for preset in [None, *presets]:

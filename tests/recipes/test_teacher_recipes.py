@@ -24,6 +24,11 @@ from vestige.tasks.classification import Classification
 from vestige.teachers.loading import builtin_card, fingerprint, load_teacher, read_card
 
 SHIPPED = [
+    "ag-news-bert",
+    "ag-news-lm",
+    "ag-news-lm-50m",
+    "ag-news-mentions",
+    "bert-tiny",
     "camvid-deeplabv3-resnet50",
     "camvid-encoder-decoder",
     "cifar10-resnet34",
@@ -33,6 +38,9 @@ SHIPPED = [
     "cifar100-wrn-40-2",
     "digits-convnet",
     "fashion-mnist-convnet",
+    "fsdd-whisper",
+    "fsdd-whisper-large",
+    "fsdd-whisper-proxy",
     "mnist-convnet",
     "mnist-lenet5",
     "scenes-encoder-decoder",
@@ -70,7 +78,10 @@ def test_shipped_recipes_validate_and_say_what_they_need(name: str) -> None:
     header = [line for line in text.splitlines() if line.startswith("#")]
     assert any(f"vestige train-teacher {name}" in line for line in header)
     assert any("Needs:" in line for line in header)
-    assert any(line.startswith(("# Expected: accuracy", "# Expected: mIoU")) for line in header)
+    assert any(
+        line.startswith(("# Expected: accuracy", "# Expected: mIoU", "# Expected: WER"))
+        for line in header
+    )
 
 
 def test_nothing_else_is_shipped() -> None:
@@ -83,6 +94,7 @@ def test_nothing_else_is_shipped() -> None:
     [
         pytest.param(name, marks=pytest.mark.slow if "cifar" in name or "deeplab" in name else ())
         for name in SHIPPED
+        if load_teacher_recipe(name).input.spec().kind == "image"
     ],
 )
 def test_normalisation_is_that_of_the_training_images(name: str) -> None:
@@ -213,9 +225,25 @@ def test_all_mistakes_are_listed_with_the_nearest_key(tmp_path: Path) -> None:
         "num_classes: got 1",
         "training.epochs: got 0",
         "training.batchsize: unknown key; did you mean 'batch_size'?",
-        "input.width",
+        "input.width: got",
     ):
         assert line in message
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"channels": 1, "heigth": 8, "width": 8}, "input.heigth: unknown key; did you mean 'heig"),
+        ({"kind": "text", "shpe": [8]}, "input.shpe: unknown key; did you mean 'shape'?"),
+        ({"kind": "text"}, "input.shape: got"),
+        ({"kind": "audio", "shape": [8]}, "sample_rate_hz=0, expected a rate for audio"),
+        ("text", "input: got 'text'"),
+    ],
+)
+def test_a_mistake_in_an_input_is_told_where_it_stands(tmp_path: Path, given, expected) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_teacher_recipe(write(tmp_path / "bad.yaml", input=given))
+    assert expected in str(caught.value)
 
 
 def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:

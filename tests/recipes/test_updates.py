@@ -110,3 +110,11 @@ def test_every_method_can_be_given_as_many_updates_as_another(name):
     found = with_updates(name, {**config, "rounds": 12}, 1500)
     assert student_updates(name, found) == 1500
     assert found["rounds"] in range(6, 25)
+
+
+def test_rounds_of_another_loop_than_the_students_do_not_count():
+    # Of ZeroGen they are those in which texts are written; its student learns in epochs.
+    config = {"samples": 100, "held_share": 0.1, "batch_size": 9, "epochs": 3}
+    assert student_updates("zerogen", {**config, "rounds": 500}) == 30
+    more = with_updates("zerogen", config, 60)
+    assert (more["samples"], student_updates("zerogen", more)) == (200, 60)

@@ -94,10 +94,10 @@ def test_a_backbone_without_a_trained_head_is_refused(saved: Path, tmp_path: Pat
         load_teacher(f"hf:{tmp_path}")
 
 
-def test_what_is_no_image_classifier_is_told(tmp_path: Path) -> None:
+def test_what_is_no_classifier_is_told(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="needs the extra [text]")
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(TeacherError, match=r"type 'gpt2', .* no image classifier"):
+    (tmp_path / "config.json").write_text('{"model_type": "encodec"}')
+    with pytest.raises(TeacherError, match=r"type 'encodec', .* no classifier of images or texts"):
         load_teacher(f"hf:{tmp_path}")
 
 
@@ -124,7 +124,7 @@ def test_what_is_asked_must_fit(saved: Path) -> None:
 
 
 def test_without_transformers_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vestige.teachers.hub.find_spec", lambda name: None)
+    monkeypatch.setattr("vestige.models.huggingface.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'vestige\[text\]'"):
         load_teacher("hf:a/b")
     monkeypatch.setattr("vestige.teachers.vision.find_spec", lambda name: None)

@@ -318,3 +318,14 @@ def test_flags_come_back_after_an_error(tiny_student):
     with pytest.raises(RuntimeError):
         train_eval_agreement(tiny_student, torch.zeros(2, 5, 8, 8))
     assert modes.flags(tiny_student) == flags
+
+
+def test_coverage_is_over_the_whole_run():
+    assert diagnosed([]).coverage() is None
+    spread = diagnosed([RoundRecord(0.5, even())]).coverage()
+    assert spread == pytest.approx({"largest": 0.1, "effective": 10.0})
+    # Two rounds of one class each are an even half of two classes.
+    single = [
+        RoundRecord(0.5, tuple(100 * (k == label) for k in range(CLASSES))) for label in (3, 7)
+    ]
+    assert diagnosed(single).coverage() == pytest.approx({"largest": 0.5, "effective": 2.0})

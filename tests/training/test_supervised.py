@@ -310,3 +310,34 @@ def test_masks_that_do_not_fit_are_named() -> None:
         train_classifier(dense(), inputs, masks[:, :4], epochs=1)
     with pytest.raises(DataError, match=r"focal_gamma=1\.0, label_smoothing=0\.1"):
         train_classifier(dense(), inputs, masks, epochs=1, focal_gamma=1.0, label_smoothing=0.1)
+
+
+class Speaker(nn.Module):
+    """A network with a loss of its own, on labels of any shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4))
+        self.seen: list[tuple[torch.Size, torch.Size]] = []
+
+    def training_loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        self.seen.append((inputs.shape, labels.shape))
+        return (self.weight - labels.float().mean(0)).square().sum()
+
+
+def test_a_network_with_a_loss_of_its_own_is_trained_by_that() -> None:
+    speaker, labels = Speaker(), torch.arange(4).repeat(20, 1).byte()
+    inputs = torch.zeros(20, 7, dtype=torch.uint8)
+    done = train_classifier(speaker, inputs, labels, epochs=60, batch_size=5, lr=0.1, seed=0)
+    assert done and not speaker.training
+    assert set(speaker.seen) == {((5, 7), (5, 4))}
+    torch.testing.assert_close(speaker.weight.detach(), torch.arange(4.0), atol=0.2, rtol=0)
+
+
+def test_what_a_loss_of_its_own_would_ignore_is_refused() -> None:
+    inputs, labels = torch.zeros(4, 7), torch.zeros(4, 2)
+    for wrong in ({"focal_gamma": 1.0}, {"label_smoothing": 0.1}):
+        with pytest.raises(DataError, match="Speaker, which has a loss of its own"):
+            train_classifier(Speaker(), inputs, labels, epochs=1, batch_size=2, seed=0, **wrong)
+    with pytest.raises(ShapeError, match="got 3 labels for 4 inputs"):
+        train_classifier(Speaker(), inputs, labels[:3], epochs=1, batch_size=2, seed=0)

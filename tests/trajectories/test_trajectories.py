@@ -1,6 +1,6 @@
 """Saved loss curves: the first 50 steps of each method, on the CPU in float32.
 
-A change that is meant to move them runs `python tests/trajectories/test_trajectories.py`, which
+A change that is meant to move them runs this file with tests/doubles in PYTHONPATH, which
 writes them anew, and its commit says why they moved.
 """
 
@@ -10,12 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from ngram import TOPICS, NGram, made_up
 
-from vestige.recipes.build import build
+from vestige.core.texts import to_bytes
+from vestige.core.types import Access, InputSpec
+from vestige.models.factory import build_model
+from vestige.recipes.build import build, build_method
 from vestige.recipes.catalog import METHODS
 from vestige.recipes.loading import load_recipe
+from vestige.sources.audio import AudioSource
+from vestige.tasks.speech import Speech
+from vestige.tasks.text import Text
+from vestige.teachers.white_box import WhiteBoxTeacher
 from vestige.training.files import write_text
 from vestige.training.tracking.metrics import read_metrics
+from vestige.training.trainer import Trainer
+from vestige.training.trainer_config import TrainerConfig
 
 FOLDER = Path(__file__).parent
 # About 50 steps whatever a method's inner counts are; small enough for a second or two.
@@ -29,13 +40,70 @@ ITERATIONS = {"dfad": 2, "kd": 10, "kd3": 10}
 FURTHER = {"kd3": ["config.selection=off"]}
 
 
+def heard_curve(name, folder):
+    """Of a method for speech, whose recipe would train its teachers first: on a tiny one."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("jiwer")
+    spec, said = InputSpec.audio(0.1, 8000), to_bytes(["one", "two", "two", "one"], 8)
+    torch.manual_seed(0)
+    teacher = build_model("whisper", spec, 8, width=8, ffn=8, mel_bins=8, max_tokens=5)
+    teacher.learn_vocabulary(said)
+    optimizer = torch.optim.Adam(teacher.parameters(), 3e-2)
+    for _ in range(25):
+        # Until it knows when to stop: what does not end is dropped.
+        loss = teacher.training_loss(torch.randn(4, *spec.shape) * 0.1, said)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    student = teacher.with_layers(decoder_layers=1)
+    task, audio = Speech(spec, 8), torch.randn(20, *spec.shape) * 0.1
+    source = AudioSource(audio, 8000, origin="unlabelled", name="heap")
+    cfg = METHODS.get(name).Config(rounds=5, iterations=10, batch_size=8, label_rounds=2)
+    teachers = [WhiteBoxTeacher(teacher.eval())]
+    method = build_method(name, cfg, task, teachers, student, {"audio": source}, 0)
+    config = TrainerConfig(device="cpu", log_every=1)
+    Trainer(method, task, teachers=teachers, student=student, out=folder, config=config).run()
+
+
+def read_texts_curve(name, folder):
+    """Of a method for texts: from a tiny classifier, or from what a trigram model writes."""
+    pytest.importorskip("transformers")
+    spec, news = InputSpec.text(128), made_up(120)
+    torch.manual_seed(0)
+    sizes = {"layers": 2, "width": 8, "heads": 2, "vocabulary": 120, "tokens": 12}
+    teacher = build_model("bert", spec, len(TOPICS), **sizes)
+    teacher.learn_vocabulary(to_bytes([text for text, _ in news], 128))
+    student, shown = teacher.with_layers(layers=1), [WhiteBoxTeacher(teacher.eval())]
+    method = METHODS.get(name)
+    if method.requires.access == Access.LABELS:
+        shown = [NGram(news)]
+    fields = method.Config.model_fields
+    values = {"rounds": 5, "iterations": 2, "batch_size": 8, "guess_steps": 2, "length": 8}
+    values |= {"samples": 80, "round_texts": 128, "epochs": 5, "student_lr": 1e-2}
+    cfg = method.Config(**{key: value for key, value in values.items() if key in fields})
+    task = Text(spec, len(TOPICS))
+    made = build_method(name, cfg, task, shown, student, {}, 0)
+    config = TrainerConfig(device="cpu", log_every=1)
+    Trainer(made, task, teachers=shown, student=student, out=folder, config=config).run()
+
+
 def curve(name, folder):
+    if METHODS.get(name).requires.tasks == ("text",):
+        read_texts_curve(name, folder)
+        return read_curve(folder)
+    if METHODS.get(name).requires.tasks == ("speech",):
+        heard_curve(name, folder)
+        return read_curve(folder)
     fields = METHODS.get(name).Config.model_fields
     sizes = {**SIZES, "iterations": ITERATIONS.get(name, 2)}
     overrides = [f"config.{key}={value}" for key, value in sizes.items() if key in fields]
     overrides += FURTHER.get(name, [])
     recipe = load_recipe(name, overrides=[*overrides, "trainer.log_every=1", "data=null"])
     build(recipe, out=folder).trainer.run()
+    return read_curve(folder)
+
+
+def read_curve(folder):
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "step"]
     return {"roles": [row["role"] for row in rows], "totals": [row["total"] for row in rows]}
 
@@ -72,7 +140,7 @@ def test_the_comparison_sees_a_changed_weight(tmp_path):
 if __name__ == "__main__":
     import tempfile
 
-    for method in METHODS.names():
+    for method in sys.argv[1:] or METHODS.names():
         with tempfile.TemporaryDirectory() as folder:
             text = json.dumps(curve(method, Path(folder)), indent=1)
         write_text(FOLDER / f"{method}.json", text + "\n")

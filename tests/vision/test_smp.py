@@ -115,11 +115,13 @@ def test_a_size_that_the_network_does_not_take_is_told_at_once() -> None:
 
 def test_a_student_by_name_and_again_from_its_card(tmp_path: Path) -> None:
     config = ModelConfig(name="smp:Unet/resnet18", args={"decoder_channels": [16, 16, 8, 8, 4]})
-    student = build_student(config, SPEC, 5, seed=1)
+    student = build_student(config, SPEC, 5, seed=1, teacher=nn.Identity())
     assert student.training
-    again = build_student(config, SPEC, 5, seed=1)
+    again = build_student(config, SPEC, 5, seed=1, teacher=nn.Identity())
     assert fingerprint(student) == fingerprint(again)
-    assert fingerprint(student) != fingerprint(build_student(config, SPEC, 5, seed=2))
+    assert fingerprint(student) != fingerprint(
+        build_student(config, SPEC, 5, seed=2, teacher=nn.Identity())
+    )
     card = {**network_card(config), "num_classes": 5, "weights": "student.safetensors"}
     assert card["smp"] == "Unet/resnet18"
     card["input"] = {"channels": 3, "height": 64, "width": 64}
@@ -131,7 +133,7 @@ def test_a_student_by_name_and_again_from_its_card(tmp_path: Path) -> None:
     exec(code, scope)
     assert fingerprint(scope["network"]) == fingerprint(student)
     with pytest.raises((TeacherError, RecipeError), match="expected one of DPT"):
-        build_student(ModelConfig(name="smp:Unett"), SPEC, 5, seed=1)
+        build_student(ModelConfig(name="smp:Unett"), SPEC, 5, seed=1, teacher=nn.Identity())
 
 
 def test_a_recipe_names_both() -> None:

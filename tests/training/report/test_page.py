@@ -24,6 +24,7 @@ from vestige.training.report.tables import (
     arms_table,
     format_size,
     interval_95,
+    result_figures,
     result_table,
 )
 
@@ -203,6 +204,29 @@ def test_numbers_of_a_run_are_those_of_its_summary(tmp_path: Path) -> None:
     for needed in ("115,200", "412 MiB", "vestige run dfad", "bn_weight: 1.0", "a" * 64,
                    "raise bn_weight", "the inputs cover few classes", "1 warning"):  # fmt: skip
         assert needed in page.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "one", "several"),
+    [
+        ("image", "image", "images"),
+        ("text", "text", "texts"),
+        ("audio", "recording", "recordings"),
+        ("table", "input", "inputs"),
+    ],
+)
+def test_inputs_are_called_what_they_are(tmp_path: Path, kind: str, one: str, several: str) -> None:
+    run = _write_run(tmp_path / "run", input_kind=kind)
+    text = _page([run], tmp_path / "report.html").text
+    assert f"no real {one} was read to train it" in text
+    assert f"Real {several} read" in text
+    assert "image" not in text or kind == "image"
+    summary = json.loads((run / "summary.json").read_text())
+    assert dict(result_figures(summary))[f"{several} made"] == "96,000"
+    # Beside a run of images there is no word for both.
+    two = [run, _write_run(tmp_path / "other")]
+    beside = _page(two, tmp_path / "two.html").text
+    assert f"{'Images' if kind == 'image' else 'Inputs'} made" in beside
 
 
 def test_arms_are_shown_with_the_headline_first(tmp_path: Path) -> None:
