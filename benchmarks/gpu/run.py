@@ -98,7 +98,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 def _check_device(entry: dict[str, Any], options: argparse.Namespace) -> None:
     """Before minutes are spent: is the device there, and is the data?"""
-    from vestige.data.image import load_images
+    from vestige.recipes.catalog import DATA
     from vestige.recipes.loading import load_recipe
     from vestige.recipes.teacher_schema import load_teacher_recipe
     from vestige.training import runtime
@@ -106,9 +106,11 @@ def _check_device(entry: dict[str, Any], options: argparse.Namespace) -> None:
     runtime.device(options.device)
     if "teacher" in entry:
         recipe = load_recipe(entry["recipe"], preset=entry.get("preset"))
-        for name in {load_teacher_recipe(entry["teacher"]).data, recipe.data} - {None}:
-            load_images(name, "test")
-            load_images(name, "train")
+        teacher = load_teacher_recipe(entry["teacher"])
+        sets = DATA.get(teacher.input.spec().kind)
+        for name in {teacher.data, recipe.data} - {None}:
+            sets.open(name, "test")
+            sets.open(name, "train")
 
 
 def _left(options: argparse.Namespace) -> float:
@@ -172,7 +174,8 @@ def _runs(entry: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
                 "score": summary["student"]["score"],
                 "best_score": summary["student"]["best_score"],
                 "parameters": summary["student"]["parameters"],
-                "share_of_teacher": summary["student"]["score"] / score,
+                "share_of_teacher": _goodness(metric, summary["student"]["score"])
+                / _goodness(metric, score),
                 "seconds": summary["seconds"],
                 "steps": summary["steps"],
                 "teacher_queries": summary["teacher_queries"],
@@ -250,7 +253,9 @@ def _finish(entry: dict[str, Any], result: dict[str, Any], options: argparse.Nam
 
     wanted = entry["wanted"]
     short = []
-    if "teacher" in result and result["teacher"]["score"] < wanted["teacher_score"]:
+    if "teacher" in result and (
+        _goodness(result["metric"], result["teacher"]["score"]) < wanted["teacher_score"]
+    ):
         short.append(f"teacher {result['teacher']['score']:.4f}")
     for run in result.get("runs", []):
         if run["share_of_teacher"] < wanted["share_of_teacher"]:
@@ -278,6 +283,11 @@ def _finish(entry: dict[str, Any], result: dict[str, Any], options: argparse.Nam
     )
     told = "as wanted" if not short else f"less than wanted ({'; '.join(short)})"
     return _tell(f"{path}: {told}", LESS_THAN_WANTED if short else DONE)
+
+
+def _goodness(metric: str, score: float) -> float:
+    """A score of which more is better: of the words that are wrong, those that are right."""
+    return 1 - score if metric == "wer" else score
 
 
 def _command() -> str:
