@@ -386,6 +386,10 @@ class Context(PluginContext, Protocol):
         """One optimizer step on gradients that the paper forms itself; `loss` is for the curves."""
         ...
 
+    def took(self, role: Role, loss: Loss | None = None) -> Step:
+        """One step that was taken elsewhere: by clients, each on its own."""
+        ...
+
 
 class Method(Protocol):
     """A published system: its file holds `Config`, this class and the paper's loop.

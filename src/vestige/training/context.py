@@ -239,6 +239,13 @@ class RunContext:
         self._step(params, optimizers, None, changed=True)
         return Step(role, None if loss is None else loss.detach())
 
+    def took(self, role: Role, loss: Loss | None = None) -> Step:
+        """One step that was taken elsewhere, by clients say; plug-ins do not see it."""
+        self._took(role)
+        self.progress.steps += 1
+        self.progress.round_steps += 1
+        return Step(role, None if loss is None else loss.detach())
+
     def _took(self, role: Role) -> None:
         # A misspelt role would silently escape every plug-in.
         if role not in get_args(Role):
