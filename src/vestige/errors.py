@@ -52,6 +52,17 @@ class RealDataError(VestigeError, PermissionError):
     """Code that must work without data opened a data file while it ran."""
 
 
+class RejectedUpdateError(VestigeError, ValueError):
+    """What a client or a server of a federation sent is not as it must be.
+
+    `reason` says why in few words, the same for all such records, so that they can be counted.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
 class MissingExtraError(VestigeError, ImportError):
     """An optional package is needed; the message holds the one pip command."""
 
