@@ -54,7 +54,7 @@ def in_process(app: Callable[[Any, Any], Any], count: int) -> Iterator[Any]:
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, _SERVER
     numbers = itertools.count(1)
 
-    class InProcessGrid(Grid):
+    class InProcessGrid(Grid):  # type: ignore[misc]
         """Nodes answer when they are asked."""
 
         def __init__(self) -> None:

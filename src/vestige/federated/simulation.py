@@ -48,13 +48,13 @@ def on_ray(
     grids: Queue[Any] = Queue()
     failures: Queue[BaseException] = Queue()
     done = threading.Event()
-    server = ServerApp()
 
-    @server.main()
     def main(grid: Any, context: Any) -> None:
         grids.put(grid)
         done.wait()
 
+    server = ServerApp()
+    server.main()(main)
     init: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
     if address is not None:
         init = {"address": address, "log_to_driver": False}

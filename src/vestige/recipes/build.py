@@ -24,6 +24,7 @@ from vestige.core.types import Requires, count_parameters
 from vestige.errors import NoBatchNormError, RecipeError
 from vestige.recipes.catalog import DATA, METHODS, PLUGINS
 from vestige.recipes.examples import distorted, fit_classes
+from vestige.recipes.federation import Judging, federation_of, open_clients
 from vestige.recipes.leaks import hashes_of_set, leaks
 from vestige.recipes.mistakes import explain
 from vestige.recipes.requirements import check_requirements, no_batchnorm
@@ -45,7 +46,7 @@ from vestige.training.tracking import Callback
 from vestige.training.trainer import Trainer
 
 # What a resumed run may have otherwise, beside what stands in its identity in another form.
-_CHANGEABLE = {"trainer", "query_budget", "arms", "shared", "config"}
+_CHANGEABLE = {"trainer", "federation", "query_budget", "arms", "shared", "config"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Job:
     details: Callable[[nn.Module], Mapping[str, Any]] | None = None
     answers: Callable[[nn.Module], Mapping[str, Tensor]] | None = None
     judged_by: str | None = None
+    judging: Judging | None = None
+    recipe: Recipe | None = None
 
 
 def build(
@@ -92,7 +95,7 @@ def build(
     loaded = resolve_teachers(recipe)
     first = loaded[0]
     spec = first.spec
-    teachers = [shown(one.placed(device), recipe) for one in loaded]
+    teachers = [shown(one.placed(device), recipe) for one in loaded if one.module is not None]
     networks = [one.network for one in loaded if one.network is not None]
     task_config = {**first.task_config, **recipe.task_config}
     task = make_task(recipe.task, spec, recipe.num_classes or first.num_classes, task_config)
@@ -102,9 +105,12 @@ def build(
         student = made.to(device)
     ledger = Ledger(arm or recipe.method)
     sources = {
-        name: build_source(name, config, spec, recipe.seed, device, ledger)
+        name: open_clients(config, recipe, spec, task.num_classes, out, ledger)
+        if config.kind == "clients"
+        else build_source(name, config, spec, recipe.seed, device, ledger)
         for name, config in recipe.sources.items()
     }
+    federation = federation_of(sources)
     evaluate, teacher_score, details, answers = None, None, None, None
     leaked: list[Finding] = []
     classes = first.classes
@@ -128,6 +134,9 @@ def build(
         # Not through the teacher object, which counts what the method asks of it.
         # What only writes texts has no score of its own.
         teacher_score = None if first.network is None else evaluate(first.network)[task.metric]
+    judging = None
+    if federation is not None:
+        judging = Judging(evaluate, federation, recipe.federation.judges, task)
     recipe = settled(recipe, task, teachers, student)
     plugins = build_plugins(
         {plugin.name: plugin.config for plugin in recipe.plugins},
@@ -146,7 +155,7 @@ def build(
         student=student,
         plugins=plugins,
         sources=sources,
-        evaluate=evaluate,
+        evaluate=evaluate if judging is None else judging,
         out=out,
         seed=recipe.seed,
         config=recipe.trainer,
@@ -165,6 +174,8 @@ def build(
             *few_rows(sources, recipe.method_config()),
         ],
     )
+    if judging is not None:
+        judging.method, judging.progress = method, trainer.ctx.progress
     facts = RunFacts(
         method=recipe.method,
         plugins=tuple(plugins),
@@ -187,7 +198,9 @@ def build(
         variant=variant_of(method),
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    return Job(trainer, task, facts, classes, student, details, answers, recipe.data)
+    return Job(
+        trainer, task, facts, classes, student, details, answers, recipe.data, judging, recipe
+    )
 
 
 def build_plugins(

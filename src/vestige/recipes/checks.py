@@ -215,11 +215,11 @@ def requirement_problems(recipe: Recipe) -> Iterator[str]:
         for name, source in run.sources.items():
             yield from source_problems(f"{where}sources.{name}", source)
         low, high = requires.teachers
-        if not low <= 1 + len(run.more_teachers) <= high:
-            yield (
-                f"{where}more_teachers: {run.method!r} takes {low} to {high} teachers, "
-                f"got {1 + len(run.more_teachers)}"
-            )
+        count = (run.teacher is not None) + len(run.more_teachers)
+        if not low <= count <= high:
+            key = "teacher" if not run.more_teachers else "more_teachers"
+            told = "no teacher" if high == 0 else f"{low} to {high} teachers"
+            yield f"{where}{key}: {run.method!r} takes {told}, got {count}"
         if requires.student and run.student is None:
             yield f"{where}student: {run.method!r} trains one; give its 'name' or 'factory'"
         if not run.access.covers(requires.access):

@@ -89,6 +89,8 @@ def estimate(job: Job) -> Estimate:
     passes = {name: count for name, count in method.passes(cfg).items() if count > 0}
     if not passes:
         return Estimate(unknown=("No estimate: the method does not say which passes it makes.",))
+    if job.judging is not None:
+        return Estimate(unknown=("No estimate: clients train in their own time.",))
     if not all(isinstance(teacher, nn.Module) for teacher in trainer.teachers):
         return Estimate(
             unknown=("No estimate: the teacher is only asked what the run itself asks.",)

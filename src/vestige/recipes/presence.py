@@ -55,7 +55,7 @@ def _networks(recipe: Recipe) -> Iterator[str]:
         where = "teacher" if index == 0 else f"more_teachers.{index - 1}"
         if isinstance(teacher, str):
             yield from _named_teacher(where, teacher)
-        else:
+        elif teacher is not None:
             yield from _own_teacher(where, teacher)
 
 
@@ -106,6 +106,9 @@ def _sources(where: str, run: Recipe) -> Iterator[str]:
         key = f"{where}sources.{name}"
         if source.kind == "images" and source.data is not None:
             yield from _data(f"{key}.data", source.data, source.split or "train", _kind(run))
+        if source.kind == "clients" and source.data is not None:
+            for split in ("train", "test"):
+                yield from _data(f"{key}.data", source.data, split, _kind(run))
         if source.kind == "folder" and source.data is not None:
             yield from _unlabelled(f"{key}.data", source.data, source.split, _kind(run))
         for part_name, part in source.parts.items() if source.kind == "heap" else ():

@@ -26,7 +26,7 @@ _UNKNOWN = "input and num_classes: a teacher without a card needs both in the re
 class LoadedTeacher:
     """A teacher with what its card says, or the recipe where it has none.
 
-    `module` is a network, or what writes texts and is none.
+    `module` is a network, or what writes texts and is none; None where a recipe has no teacher.
     """
 
     module: Any
@@ -46,12 +46,23 @@ class LoadedTeacher:
         return self.module if self.network is None else self.network.to(device)
 
     def fingerprint(self) -> str:
-        """Of its weights; of what it is, where there are none to be seen."""
+        """Of its weights; of what it is, where there are none to be seen; "" of none."""
+        if self.module is None:
+            return ""
         return str(self.module.fingerprint()) if self.network is None else fingerprint(self.network)
 
 
 def resolve_teachers(recipe: Recipe) -> list[LoadedTeacher]:
-    """The recipe's teachers; all of them take the same inputs."""
+    """The recipe's teachers; all of them take the same inputs.
+
+    Where there is none, one entry without a network says what the recipe says of the inputs.
+    """
+    if recipe.teacher is None:
+        if recipe.input is None or recipe.num_classes is None:
+            raise RecipeError(
+                "input and num_classes: without a teacher both must be in the recipe; add them"
+            )
+        return [LoadedTeacher(None, recipe.input.spec(), recipe.num_classes)]
     loaded = []
     for index, teacher in enumerate((recipe.teacher, *recipe.more_teachers)):
         # A factory may draw; a resumed run must find the same teacher.

@@ -13,11 +13,14 @@ from vestige.core import parallel
 from vestige.errors import CheckpointError, Interrupted, RecipeError
 from vestige.recipes.build import Job, build
 from vestige.recipes.correctness import add_correctness
+from vestige.recipes.federation import brief as brief_federation
+from vestige.recipes.federation import opened
 from vestige.recipes.files import read_yaml
 from vestige.recipes.schema import Recipe
 from vestige.recipes.sources import MADE_UP
 from vestige.teachers.language_model import driven_apart
 from vestige.teachers.white_box import WhiteBoxTeacher
+from vestige.training.federation import write_federation
 from vestige.training.files import (
     LOCK,
     locked,
@@ -100,7 +103,8 @@ def run_job(
             # Again: another run may have begun here since the job was built.
             parallel.first(partial(check_folder, out, resume=resume))
             record_start(job.trainer, out, job.facts)
-        outcome = job.trainer.run(resume=resume)
+        with opened(job.trainer.method, job.trainer.sources):
+            outcome = job.trainer.run(resume=resume)
         try:
             summary = parallel.first(partial(finish, job, outcome, out))
         except KeyboardInterrupt as error:
@@ -186,11 +190,17 @@ def finish(job: Job, outcome: Outcome, out: Path | None) -> dict[str, Any]:
         summary["records"] = brief_records(written)
     pool = pool_of(method.parts())
     if pool is not None:
-        judge = job.trainer.teachers[0]
+        judge = next(iter(job.trainer.teachers), None)
         network = judge if isinstance(judge, nn.Module) else None
         summary["pool"] = pool_facts(pool, network, job.facts.seed)
+    federated = None
+    if job.judging is not None and job.recipe is not None:
+        federated = job.judging.facts(outcome.scores, job.recipe.federation)
+        summary["federated"] = brief_federation(federated, job.task.metric)
     if out is None:
         return summary
+    if federated is not None:
+        write_federation(out, federated)
     if trained is not None:
         write_student(out, trained, job.facts.student_card)
         if job.details is not None:
@@ -256,7 +266,7 @@ def check_same(recipe: Recipe, out: Path) -> None:
         key
         for key in {*now, *then}
         if now.get(key) != then.get(key)
-        and key.partition(".")[0] not in ("trainer", "query_budget")
+        and key.partition(".")[0] not in ("trainer", "federation", "query_budget")
     )
     if changed:
         raise RecipeError(
@@ -286,7 +296,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _asked(job: Job) -> Any:
     """The first teacher, as the network it is where it shows itself."""
-    first = job.trainer.teachers[0]
+    first = next(iter(job.trainer.teachers), None)
     return first.module if isinstance(first, WhiteBoxTeacher) else first
 
 

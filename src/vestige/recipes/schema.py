@@ -17,6 +17,8 @@ from pydantic import (
 
 from vestige.core.types import Access, InputSpec
 from vestige.errors import ShapeError
+from vestige.federated.partition import PartitionConfig, TestMode
+from vestige.federated.settings import FederationConfig
 from vestige.recipes.catalog import METHODS
 from vestige.training.trainer_config import TrainerConfig
 
@@ -122,12 +124,13 @@ class SourceConfig(_Strict):
     Attributes:
         kind: "noise", "untrained-generator", "images" (a labelled set of whatever kind the inputs
             are), "folder" (unlabelled images of any size), "heap" (several of these together),
-            "pool" (synthetic images that a run left), or "factory", a callable of the user's own.
+            "pool" (synthetic images that a run left), "clients" (a labelled set that is dealt out
+            to the clients of a simulated federation), or "factory", a callable of the user's own.
         distribution: of noise, "normal" per value of the normalised input, or "uniform" images.
         generator: of "untrained-generator", with `generator_width` and `latent_dim`.
-        data: of "images", name or folder of a set, with `split`; of "folder", a folder of pictures
-            at any depth, an .npz or .npy file, a folder of datasets.save_to_disk or the name of a
-            set; of "pool", its folder or that of its run.
+        data: of "images", name or folder of a set, with `split`; of "clients" likewise, without; of
+            "folder", a folder of pictures at any depth, an .npz or .npy file, a folder of
+            datasets.save_to_disk or the name of a set; of "pool", its folder or that of its run.
         split: of "images", null is "train"; of "folder", null is "train" of what has splits and
             everything of what has none.
         origin: of "images", "folder" and "heap": "real" is the teacher's own data (reference arm),
@@ -136,12 +139,18 @@ class SourceConfig(_Strict):
             "text" takes their transcripts in place of them, which counts as real labels.
         count: of "folder", the first so many after a shuffle by the recipe's seed; null takes all.
         parts: of "heap", by name.
+        partition: of "clients", how the train split is dealt out; null is the default one.
+        test_part: of "clients", their own parts of the test split: "same-mix" has the mix of
+            classes that a client trains on, "owned" as much of each class that it has at all.
+        test_each: of "clients" with "same-mix", test examples of a client at most; null is 100.
         factory: of "factory", "package.module:callable"; called with `spec` and `args` it returns
             a Source.
         args: of `factory`.
     """
 
-    kind: Literal["noise", "untrained-generator", "images", "folder", "heap", "pool", "factory"]
+    kind: Literal[
+        "noise", "untrained-generator", "images", "folder", "heap", "pool", "clients", "factory"
+    ]
     distribution: Literal["normal", "uniform"] = "normal"
     generator: str = "upsample"
     generator_width: int = 64
@@ -152,8 +161,19 @@ class SourceConfig(_Strict):
     column: str | None = None
     count: int | None = Field(None, ge=1)
     parts: dict[str, PartConfig] = {}
+    partition: PartitionConfig | None = None
+    test_part: TestMode = "same-mix"
+    test_each: int | None = Field(None, ge=1)
     factory: str | None = None
     args: dict[str, Any] = {}
+
+    @model_serializer(mode="wrap")
+    def _without_later_keys(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = plain(self)
+        if self.kind != "clients":
+            for key in ("partition", "test_part", "test_each"):
+                values.pop(key, None)
+        return values
 
 
 class PluginConfig(_Strict):
@@ -195,7 +215,8 @@ class Recipe(_Strict):
             are.
         input: of the teacher; None takes what a built-in or trained teacher's card says.
         num_classes: K; None takes what the teacher's card says.
-        teacher: "builtin:NAME", "recipe:NAME", a mapping with `model` or `factory` and `weights`.
+        teacher: "builtin:NAME", "recipe:NAME", a mapping with `model` or `factory` and `weights`;
+            null for a method that needs none, with `input` and `num_classes` in the recipe.
         more_teachers: for methods with several; `num_classes` in a mapping is that teacher's own.
         access: how much of the teachers is shown; less than "white_box" hides their weights.
         query_budget: rows that each teacher answers, where `access` is less than "white_box".
@@ -206,6 +227,7 @@ class Recipe(_Strict):
         defaults: where settings come from that are not given: "suggested" asks the method what it
             takes for these networks and inputs, "published" takes the paper's.
         shared: settings that every arm has in common with the main run, whatever its method.
+        federation: the engine behind a source of kind "clients".
         trainer: how the run is driven.
         seed: of every stream of randomness.
         arms: runs of a comparison, each told by what differs from the main run.
@@ -222,7 +244,7 @@ class Recipe(_Strict):
     data_shift: tuple[str, ...] = ()
     input: InputConfig | None = None
     num_classes: int | None = Field(None, ge=2)
-    teacher: str | dict[str, Any]
+    teacher: str | dict[str, Any] | None
     more_teachers: tuple[str | dict[str, Any], ...] = ()
     access: Access = Access.WHITE_BOX
     query_budget: int | None = Field(None, ge=1)
@@ -232,6 +254,7 @@ class Recipe(_Strict):
     config: dict[str, Any] = {}
     defaults: Literal["suggested", "published"] = "suggested"
     shared: dict[str, Any] = {}
+    federation: FederationConfig = FederationConfig()
     trainer: TrainerConfig = TrainerConfig()
     seed: int = Field(0, ge=0)
     arms: dict[str, ArmConfig] = {}
@@ -246,6 +269,8 @@ class Recipe(_Strict):
         for key in ("task_config", "data_shift"):
             if not values.get(key):
                 values.pop(key, None)
+        if not any(source.kind == "clients" for source in self.sources.values()):
+            values.pop("federation", None)
         return values
 
     def method_config(self, suggested: Mapping[str, Any] | None = None) -> Any:

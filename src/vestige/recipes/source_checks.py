@@ -12,9 +12,16 @@ from vestige.recipes.tasks import CLASSIFICATION
 
 _MOST_PARTS = 255
 # Keys that only these kinds read; given elsewhere they would be ignored.
-_OF = {"column": ("folder", "heap"), "count": ("folder",), "parts": ("heap",)}
+_OF = {
+    "column": ("folder", "heap"),
+    "count": ("folder",),
+    "parts": ("heap",),
+    "partition": ("clients",),
+    "test_each": ("clients",),
+}
 _NEEDED = {
     "images": "images need the name or folder of a set",
+    "clients": "clients need the name or folder of a set that is dealt out to them",
     "folder": "a folder needs its path, that of a file, or the name of a set",
     "pool": "a pool needs its folder, or that of its run",
 }

@@ -5,11 +5,15 @@ from typing import Any
 
 from torch import nn
 
-from vestige.core.protocols import HoldsNetworks, Method, Plugin, Stateful, Teacher
+from vestige.core.federation import Clients
+from vestige.core.protocols import HoldsNetworks, Method, Plugin, Source, Stateful, Teacher
 
 
 def run_parts(
-    method: Method, plugins: Mapping[str, Plugin], teachers: Sequence[Teacher]
+    method: Method,
+    plugins: Mapping[str, Plugin],
+    teachers: Sequence[Teacher],
+    sources: Mapping[str, Source],
 ) -> dict[str, Any]:
     """Parts by name; networks of teachers have none, since nothing may change them."""
     found: dict[str, Any] = {f"method.{name}": part for name, part in method.parts().items()}
@@ -19,6 +23,10 @@ def run_parts(
     for index, teacher in enumerate(teachers):
         if isinstance(teacher, Stateful) and not isinstance(teacher, nn.Module):
             found[f"teacher.{index}"] = teacher
+    for name, source in sources.items():
+        # What was asked of clients is kept by them, whatever their method is.
+        if isinstance(source, Clients) and isinstance(source, Stateful):
+            found[f"source.{name}"] = source
     return found
 
 

@@ -140,7 +140,9 @@ def summarize(
         "task": task.kind,
         "metric": task.metric,
         "input_kind": task.spec.kind,
-        "teacher": {"score": facts.teacher_score, "parameters": facts.teacher_parameters},
+        "teacher": {"score": facts.teacher_score, "parameters": facts.teacher_parameters}
+        if facts.teacher_fingerprint
+        else None,
         "student": None
         if student is None
         else {

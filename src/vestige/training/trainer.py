@@ -130,7 +130,7 @@ class Trainer:
 
     def parts(self) -> dict[str, Any]:
         """Everything of the run with state, by name."""
-        return run_parts(self.method, self.plugins, self.teachers)
+        return run_parts(self.method, self.plugins, self.teachers, self.sources)
 
     def run(self, *, resume: bool = False) -> Outcome:
         """Drive the method.
