@@ -14,6 +14,7 @@ from vestige.recipes import catalog
 from vestige.recipes.build import build
 from vestige.recipes.files import merge, read_yaml
 from vestige.recipes.loading import load_recipe, validate
+from vestige.recipes.schema import Recipe
 from vestige.recipes.updates import student_updates
 
 PRESETS = [
@@ -365,3 +366,10 @@ def test_a_factory_that_makes_no_network_is_named():
                 ],
             )
         )
+
+
+def test_a_recipe_survives_its_own_file_whatever_characters_it_holds() -> None:
+    odd = Recipe(method="kd", teacher="a\x85b\u2028c", student={"name": "convnet"})
+    assert yaml.safe_load(odd.to_yaml())["teacher"] == odd.teacher
+    plain = Recipe(method="kd", teacher="é", student={"name": "convnet"})
+    assert "é" in plain.to_yaml()

@@ -16,7 +16,7 @@ from vestige.recipes.schema import ModelConfig
 from vestige.recipes.student import build_student, network_card
 from vestige.teachers.loading import fingerprint, load_teacher, open_teacher
 from vestige.teachers.vision import import_timm, import_vision
-from vestige.training.export.model_card import _plain
+from vestige.training.export.usage import in_torch
 
 pytestmark = pytest.mark.optional
 SPEC = InputSpec.image(3, 64, 64)
@@ -128,7 +128,7 @@ def test_a_student_by_name_and_again_from_its_card(tmp_path: Path) -> None:
     (tmp_path / "student.json").write_text(json.dumps(card))
     save_file(student.state_dict(), tmp_path / "student.safetensors")
     assert fingerprint(load_teacher(tmp_path / "student.json")) == fingerprint(student)
-    code = _plain(card).replace('"model.', f'"{tmp_path}/student.')
+    code = in_torch(card).replace('"model.', f'"{tmp_path}/student.')
     scope: dict[str, nn.Module] = {}
     exec(code, scope)
     assert fingerprint(scope["network"]) == fingerprint(student)

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vestige.core.writing import QUOTE
@@ -198,6 +197,9 @@ def load_prompts(name_or_path: str | Path) -> Prompts:
     Raises:
         RecipeError: there are none, or the file is wrong; all of its mistakes are told.
     """
+    # Here: networks are built in processes that read no prompts.
+    import yaml
+
     text = str(name_or_path)
     path = Path(text).expanduser()
     if path.suffix not in (".yaml", ".yml"):

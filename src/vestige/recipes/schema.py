@@ -309,7 +309,12 @@ class Recipe(_Strict):
 
     def to_yaml(self) -> str:
         """The resolved recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        values = self.model_dump(mode="json")
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        # A few characters, such as U+0085, only survive as escapes.
+        if yaml.safe_load(text) != values:
+            text = yaml.safe_dump(values, sort_keys=False)
+        return str(text)
 
     def fingerprint(self) -> str:
         """Digest of everything that decides the result."""
