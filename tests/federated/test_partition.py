@@ -80,6 +80,35 @@ def test_a_lower_alpha_gives_a_client_fewer_classes(name: str) -> None:
     assert main_share(1e6) == pytest.approx(0.1, abs=0.03)
 
 
+@pytest.mark.parametrize("alpha", [0.05, 0.5, 5.0])
+def test_draws_are_dirichlet(alpha: float) -> None:
+    # Two examples of one draw of K shares are of one kind with probability (a + 1) / (K a + 1).
+    kinds, runs = 8, 400
+    expected = (alpha + 1) / (kinds * alpha + 1)
+
+    def pairs(counts: Tensor) -> Tensor:
+        held, sizes = counts.double(), counts.double().sum(-1)
+        return (held * (held - 1)).sum(-1) / (sizes * (sizes - 1))
+
+    labels = torch.zeros(4000, dtype=torch.int64)
+    by_class, sizes = (
+        torch.tensor([[len(part) for part in draw(seed)] for seed in range(runs)])
+        for draw in (
+            lambda seed: dirichlet_by_class(labels, kinds, rng(seed), alpha=alpha, least=0),
+            lambda seed: quantity(labels, kinds, rng(seed), alpha=alpha, least=0),
+        )
+    )
+    # Far fewer examples than there are of each class, so that none is exhausted.
+    several = digits(64_000, kinds)
+    by_client = counts_of(
+        dirichlet_by_client(several, runs, rng(), alpha=alpha, each=20), several, kinds
+    )
+    for found in map(pairs, (by_class, sizes, by_client)):
+        error = float(found.std()) / runs**0.5
+        # Cuts at whole examples of 500 move the share of pairs by less than 0.005.
+        assert abs(float(found.mean()) - expected) < 4 * error + 0.005
+
+
 def test_by_class_cuts_classes_and_fills_every_client() -> None:
     labels = torch.cat([torch.zeros(900), torch.ones(300), torch.full((1800,), 3)]).long()
     parts = dirichlet_by_class(labels, 10, rng(), alpha=0.5, share=0.5, least=10)
