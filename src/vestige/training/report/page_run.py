@@ -15,6 +15,7 @@ from vestige.training.report.page_curves import (
     score_chart,
     term_charts,
 )
+from vestige.training.report.page_federation import federation_view
 from vestige.training.report.page_filter import filter_view
 from vestige.training.report.page_readings import mistakes_view, readings_view
 from vestige.training.report.page_records import records_view
@@ -78,6 +79,7 @@ def run_view(run: RunFolder, *, name: str, anchor: str) -> dict[str, Any]:
         "selection": selection_view(run if run.selection else chosen),
         "records": records_view(run if run.texts else chosen),
         "filtered": filter_view(run if run.provenance else chosen),
+        "federation": federation_view(run if run.federation else chosen),
         "speech": speech_view(run if run.evaluation else chosen),
         "curves": [
             made

@@ -32,6 +32,7 @@ class RunFolder:
         texts: `synthetic.json`, or empty.
         provenance: `provenance.json`, or empty.
         readings: `readings.json`, or empty.
+        federation: `federated.json`, or empty.
     """
 
     name: str
@@ -50,6 +51,7 @@ class RunFolder:
     texts: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     readings: Mapping[str, Any] = field(default_factory=dict)
+    federation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def headline(self) -> "RunFolder":
@@ -96,6 +98,7 @@ def read_run(folder: Path, *, sub_run: bool = False) -> RunFolder:
         texts=_read_json(folder / "synthetic.json", notes, needed=False),
         provenance=_read_json(folder / "provenance.json", notes, needed=False),
         readings=_read_json(folder / "readings.json", notes, needed=False),
+        federation=_read_json(folder / "federated.json", notes, needed=False),
     )
 
 
