@@ -1,5 +1,7 @@
 """Which classes the clients have: shares of a vote, priors, and labels drawn by them."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -97,3 +99,30 @@ def uniform_labels(allowed: Tensor, count: int, rng: torch.Generator) -> Tensor:
             "labels in a round that has none"
         )
     return classes[torch.randint(len(classes), (count,), generator=rng, device=rng.device)]
+
+
+class SeenLabels:
+    """Which classes some client of the federation has had so far, as its answers tell.
+
+    Attributes:
+        mask: (C,), bool, on the CPU.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.mask = torch.zeros(num_classes, dtype=torch.bool)
+
+    def add(self, counts: Tensor) -> None:
+        """Take note of the clients' counts, (K, C)."""
+        self.mask = self.mask | (counts > 0).any(0).cpu()
+
+    def classes(self) -> list[int]:
+        """Their numbers, in ascending order."""
+        return [int(label) for label in self.mask.nonzero().flatten()]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The mask."""
+        return {"mask": self.mask}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave."""
+        self.mask = state["mask"].cpu()
