@@ -4,7 +4,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vestige.errors import ContractError, ShapeError
-from vestige.federated.labels import class_shares, label_prior, quota_labels, uniform_labels
+from vestige.federated.labels import (
+    SeenLabels,
+    class_shares,
+    label_prior,
+    quota_labels,
+    uniform_labels,
+)
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -76,3 +82,13 @@ def test_labels_of_no_class_are_refused():
         quota_labels(torch.zeros(3), 4, rng())
     with pytest.raises(ContractError, match="no class of 3"):
         uniform_labels(torch.zeros(3, dtype=torch.bool), 4, rng())
+
+
+def test_classes_are_seen_once_and_for_all():
+    seen = SeenLabels(4)
+    assert seen.classes() == []
+    seen.add(torch.tensor([[0, 2, 0, 0], [1, 0, 0, 0]]))
+    seen.add(torch.tensor([[0, 0, 0, 5]]))
+    other = SeenLabels(4)
+    other.load_state_dict(seen.state_dict())
+    assert seen.classes() == other.classes() == [0, 1, 3]

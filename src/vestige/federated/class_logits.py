@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from vestige.core.federation import Payload, Settings, sent
+
 
 def sums_by_class(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum of the logits (B, C) of each label (B,): (C, C), rows by label; no gradient."""
@@ -37,6 +39,13 @@ class ClassLogits:
         fresh = total / has.sum(0).clamp_min(1)[:, None]
         self.means = torch.where(now[:, None], fresh, self.means)
         self.known = self.known | now
+
+    def message(self) -> tuple[Payload, Settings]:
+        """What the server sends: the means, and the classes that have one; nothing before."""
+        if not self.known.any():
+            return {}, {}
+        labels = [int(label) for label in self.known.nonzero().flatten()]
+        return {"class-logits": sent({"means": self.means})}, {"labels": labels}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Means, and which classes have one."""

@@ -100,16 +100,17 @@ class FedDistillClient:
         network = self.judged(ask, state)
         base = ClientBase(cfg, ask, network, state, len(data))
         seen = Terms(classes, ask.device)
-        means = ask.arrays["class-logits"]["means"].to(ask.device)
+        sums = torch.zeros(classes, classes, device=ask.device)
+        told = "class-logits" in ask.arrays
+        means = ask.arrays["class-logits"]["means"].to(ask.device) if told else sums.clone()
         known = torch.zeros(classes, dtype=torch.bool, device=ask.device)
-        known[cast(list[int], ask.settings["labels"])] = True
-        sums = torch.zeros_like(means)
+        known[cast(list[int], ask.settings.get("labels", []))] = True
 
         def loss(network: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
             logits = predict(network, inputs).logits
             sums.add_(sums_by_class(logits, labels))
             terms = {"cross_entropy": F.cross_entropy(logits, labels)}
-            if cfg.distillation_weight:
+            if told and cfg.distillation_weight:
                 apart = kl_divergence(logits, means[labels]) * known[labels]
                 terms["distillation"] = cfg.distillation_weight * apart.mean()
             return seen.add(labels, terms)
@@ -173,9 +174,8 @@ class FedDistill:
             active = clients.sample(cfg.active or clients.count, ctx.rng)
             model, _ = self.offer()
             beside, settings = self.base.offer(clients.sizes())
-            arrays = {**model, "class-logits": {"means": answers.means.clone()}, **beside}
-            labels = [int(label) for label in answers.known.nonzero().flatten()]
-            settings = {"labels": labels, **settings}
+            means, known = answers.message()
+            arrays, settings = {**model, **means, **beside}, {**known, **settings}
             updates = clients.ask("train", number, active, arrays, settings, expects=expects)
             # A void round leaves everything as it was.
             if not updates:
