@@ -239,8 +239,7 @@ class FedGenClient:
 
     def answer(self, ask: Ask, data: ClientData, state: Payload) -> Answer:
         """The trained network or its head, and how many labels there were of each class."""
-        cfg = self.cfg
-        network = self.judged(ask, state)
+        cfg, network = self.cfg, self.judged(ask, state)
         base = ClientBase(cfg, ask, network, state, len(data))
         seen = Terms(data.num_classes, ask.device)
         # It has a stream of its own, so that the batches are those of FedAvg.
