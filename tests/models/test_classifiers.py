@@ -9,6 +9,7 @@ from vestige.models.classifiers import (
     ConvNet,
     LeNet5,
     ResNet,
+    StrideCNN,
     WideResNet,
     resnet18,
     resnet34,
@@ -194,3 +195,31 @@ def test_sizes_and_depths_that_do_not_fit_are_refused():
         wide_resnet(17, 1)
     with pytest.raises(RecipeError, match="widen factor 0"):
         wide_resnet(16, 0)
+
+
+@pytest.mark.parametrize(
+    ("channels", "classes", "size", "args", "count"),
+    [
+        (1, 10, 28, {}, 26_434),
+        (1, 26, 28, {}, 26_962),
+        (3, 2, 84, {"widths": (16, 32, 64), "pool": True}, 25_954),
+    ],
+)
+def test_a_stride_cnn_has_the_published_number_of_weights(channels, classes, size, args, count):
+    assert count_parameters(StrideCNN(channels, classes, size=size, **args)) == count
+
+
+@pytest.mark.parametrize(("size", "pool"), [((13, 10), False), ((20, 17), True)])
+def test_nothing_lies_between_the_linear_layers_of_a_stride_cnn(size, pool):
+    net = StrideCNN(2, 3, size=size, hidden_dim=5, pool=pool).eval()
+    values = inputs(6, 2, *size)
+    features = net.features(values)
+    assert features.shape == (6, 5) and features.min() < 0
+    torch.testing.assert_close(
+        net(values), features @ net.classifier.weight.T + net.classifier.bias
+    )
+
+
+def test_a_stride_cnn_refuses_images_that_pooling_uses_up():
+    with pytest.raises(ShapeError, match="nothing of the map"):
+        StrideCNN(1, 3, size=4, pool=True)
