@@ -194,3 +194,15 @@ def test_sizes_and_depths_that_do_not_fit_are_refused():
         wide_resnet(17, 1)
     with pytest.raises(RecipeError, match="widen factor 0"):
         wide_resnet(16, 0)
+
+
+def test_groups_of_channels_are_normalised_without_statistics():
+    net = ConvNet(1, 10, widths=(32, 64, 64), norm="group")
+    assert count_parameters(net) == 56_554
+    assert not list(net.buffers())
+    inputs = torch.randn(4, 1, 16, 16)
+    together = net.train()(inputs)
+    alone = torch.cat([net.eval()(one[None]) for one in inputs])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    with pytest.raises(RecipeError, match="'batch' or 'group'"):
+        ConvNet(1, 10, norm="layer")
