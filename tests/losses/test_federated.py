@@ -1,12 +1,21 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vestige.errors import RecipeError, ShapeError
-from vestige.losses.federated import latent_diversity_loss, pooled_logits, weighted_ensemble_ce
+from vestige.losses.distill import kl_divergence
+from vestige.losses.federated import (
+    ensemble_discrepancy,
+    ensemble_probabilities,
+    latent_diversity_loss,
+    pooled_logits,
+    soft_cross_entropy,
+    weighted_ensemble_ce,
+)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -129,3 +138,79 @@ def test_pooled_logits_lose_less_than_the_clients_one_by_one():
 def test_an_unknown_weighting_is_refused():
     with pytest.raises(RecipeError, match="per_batch"):
         weighted_ensemble_ce(draw(2, 6, 3), LABELS, shares(2, 3), weighting="per_batch")
+
+
+# Ensembles that teach
+
+
+def drawn_ensemble(members: int = 3, rows: int = 5, classes: int = 4) -> tuple[Tensor, ...]:
+    """Student (B, C), members (K, B, C), labels (B,), shares (K, C) with columns that sum to 1."""
+    rng = torch.Generator().manual_seed(3)
+    shares = torch.rand(members, classes, generator=rng)
+    return (
+        2 * torch.randn(rows, classes, generator=rng),
+        2 * torch.randn(members, rows, classes, generator=rng),
+        torch.arange(rows) % classes,
+        shares / shares.sum(0),
+    )
+
+
+@pytest.mark.parametrize("kind", ["kl", "l1_logits"])
+def test_a_discrepancy_is_a_slow_sum_over_members(kind):
+    student, members, labels, shares = drawn_ensemble()
+    found = ensemble_discrepancy(student, members, shares[:, labels], kind=kind)
+    for b, row in enumerate(student.double().numpy()):
+        expected = 0.0
+        for k, member in enumerate(members[:, b].double().numpy()):
+            p, q = np.exp(row) / np.exp(row).sum(), np.exp(member) / np.exp(member).sum()
+            each = (p * np.log(p / q)).sum() if kind == "kl" else np.abs(row - member).mean()
+            expected += float(shares[k, labels[b]]) * each
+        assert found[b].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_discrepancy_is_zero_where_every_member_agrees():
+    student, members, labels, shares = drawn_ensemble()
+    for kind in ("kl", "l1_logits"):
+        found = ensemble_discrepancy(
+            student, student.expand_as(members), shares[:, labels], kind=kind
+        )
+        assert found.abs().max() < 1e-6
+
+
+def test_a_member_without_weight_gets_no_gradient():
+    student, members, labels, shares = drawn_ensemble()
+    members.requires_grad_(True)
+    shares[1, 2] = 0
+    weights = shares[:, labels]
+    slope = torch.autograd.grad(ensemble_discrepancy(student, members, weights).sum(), members)[0]
+    assert not slope[1, labels == 2].any()
+    assert slope[0, labels == 2].all()
+    found = ensemble_discrepancy(student.requires_grad_(True), members, weights, kind="l1_logits")
+    assert torch.autograd.grad(found.sum(), members, allow_unused=True)[0] is None
+
+
+def test_soft_cross_entropy_is_the_divergence_and_the_entropy_of_the_target():
+    student, members, labels, shares = drawn_ensemble()
+    target = ensemble_probabilities(members, shares[:, labels])
+    torch.testing.assert_close(target.sum(1), torch.ones(5))
+    entropy = -(target * target.log()).sum(1)
+    divergence = kl_divergence(student, target.log())
+    found = soft_cross_entropy(student, target)
+    torch.testing.assert_close(found, divergence + entropy, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found, F.cross_entropy(student, target, reduction="none"))
+    torch.testing.assert_close(soft_cross_entropy(student, target, reduction="mean") * 4, found)
+
+
+def test_an_ensemble_of_equals_is_its_member():
+    student, members, labels, shares = drawn_ensemble()
+    equal = student.expand_as(members)
+    found = ensemble_probabilities(equal, shares[:, labels])
+    torch.testing.assert_close(found, student.softmax(1))
+
+
+def test_words_that_mean_nothing_here_are_refused():
+    student, members, labels, shares = drawn_ensemble()
+    with pytest.raises(RecipeError, match="'kl' or 'l1_logits'"):
+        ensemble_discrepancy(student, members, shares[:, labels], kind="js")
+    with pytest.raises(RecipeError, match="'batchmean' or 'mean'"):
+        soft_cross_entropy(student, student.softmax(1), reduction="sum")

@@ -223,3 +223,15 @@ def test_nothing_lies_between_the_linear_layers_of_a_stride_cnn(size, pool):
 def test_a_stride_cnn_refuses_images_that_pooling_uses_up():
     with pytest.raises(ShapeError, match="nothing of the map"):
         StrideCNN(1, 3, size=4, pool=True)
+
+
+def test_groups_of_channels_are_normalised_without_statistics():
+    net = ConvNet(1, 10, widths=(32, 64, 64), norm="group")
+    assert count_parameters(net) == 56_554
+    assert not list(net.buffers())
+    inputs = torch.randn(4, 1, 16, 16)
+    together = net.train()(inputs)
+    alone = torch.cat([net.eval()(one[None]) for one in inputs])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    with pytest.raises(RecipeError, match="'batch' or 'group'"):
+        ConvNet(1, 10, norm="layer")

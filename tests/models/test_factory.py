@@ -10,6 +10,7 @@ from vestige.core.types import InputSpec, Prediction, count_parameters
 from vestige.errors import RecipeError, ShapeError
 from vestige.models.classifiers import LeNet5, wide_resnet
 from vestige.models.factory import (
+    build_conditional_generator,
     build_generator,
     build_model,
     generator_arguments,
@@ -119,7 +120,7 @@ def test_every_description_is_one_line_and_every_name_once():
 
 def test_arguments_are_those_that_change_the_network():
     assert model_arguments("resnet18") == ("width",)
-    assert model_arguments("convnet") == ("widths",)
+    assert model_arguments("convnet") == ("widths", "norm")
     assert model_arguments("vgg11") == ("bn",)
     assert model_arguments("lenet5-half") == ()
     assert model_arguments("wrn-22-4") == ()
@@ -166,3 +167,14 @@ def test_inputs_that_do_not_fit_are_refused():
         build_model("vgg11", InputSpec.image(3, 32, 8), 3)
     with pytest.raises(ShapeError, match="expected multiples of 4"):
         build_generator("upsample", InputSpec.image(3, 30, 30), latent_dim=3, width=2)
+
+
+def test_a_conditional_generator_takes_the_number_of_classes_and_shares_the_checks():
+    net = build_conditional_generator(SPEC, 3, latent_dim=4, width=2, head="sigmoid")
+    images = net(torch.randn(5, 4), torch.arange(5) % 3)
+    assert images.shape == (5, *SPEC.shape)
+    assert 0 <= images.min() <= images.max() <= 1
+    with pytest.raises(RecipeError, match="did you mean 'head'"):
+        build_conditional_generator(SPEC, 3, latent_dim=4, width=2, haed="bn")
+    with pytest.raises(ShapeError, match="expected multiples of 4"):
+        build_conditional_generator(InputSpec.image(1, 9, 9), 3, latent_dim=4, width=2)

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from vestige.core.types import count_parameters
 from vestige.errors import RecipeError, ShapeError
 from vestige.models.generators import (
+    ConditionalGenerator,
     DCGANGenerator,
     LargeGenerator,
     PyramidGenerator,
@@ -189,6 +190,40 @@ def test_any_fitting_size_works_and_noise_gets_a_gradient(kind, size):
     assert images.shape == (5, 2, *((size, size) if isinstance(size, int) else size))
     (images * torch.linspace(-1, 1, images.numel()).view_as(images)).sum().backward()
     assert latent.grad.abs().amax(1).min() > 0
+
+
+@pytest.mark.parametrize(
+    ("latent_dim", "classes", "count"), [(100, 10, 682_499), (256, 100, 1_690_115)]
+)
+def test_a_conditional_generator_has_the_papers_number_of_weights(latent_dim, classes, count):
+    assert count_parameters(ConditionalGenerator(latent_dim, classes, 3, 32)) == count
+
+
+def test_a_conditional_generator_is_generator_a_with_half_of_its_maps_from_the_class():
+    net = ConditionalGenerator(5, 3, 2, (8, 12), width=4)
+    latent, labels = noise(6, 5), torch.arange(6) % 3
+    code = torch.zeros(6, 3)
+    code[range(6), labels] = 1
+    first = latent @ net.from_latent.weight.T + net.from_latent.bias
+    second = code @ net.from_label.weight.T + net.from_label.bias
+    plain = UpsampleGenerator(5, 2, (8, 12), width=4)
+    maps = torch.cat([first.view(6, 4, 2, 3), second.view(6, 4, 2, 3)], 1)
+    plain.project = nn.Identity()
+    plain.blocks.load_state_dict(net.blocks.state_dict())
+    plain.head.load_state_dict(net.head.state_dict())
+    mean, var = maps.mean((0, 2, 3), keepdim=True), maps.var((0, 2, 3), correction=0, keepdim=True)
+    expected = plain((maps - mean) / (var + 1e-5).sqrt())
+    found = net(latent, labels)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert found.mean((0, 2, 3)).abs().max() < 1e-3
+    assert (found.var((0, 2, 3), correction=0) - 1).abs().max() < 1e-3
+
+
+def test_the_class_decides_on_the_image():
+    net = ConditionalGenerator(5, 3, 1, 8, width=4).eval()
+    latent = noise(1, 5).expand(3, 5)
+    images = net(latent, torch.arange(3))
+    assert min((images[i] - images[j]).abs().max() for i in range(3) for j in range(i)) > 1e-3
 
 
 @pytest.mark.parametrize("size", [30, 2, (32, 31)])

@@ -113,12 +113,13 @@ class ServerBase:
             sizes: as of `Clients.sizes`.
         """
         states = [update.arrays["model"] for update in updates]
-        weights = [float(update.examples) for update in updates]
-        after = {**before, **weighted_mean(states, weights)}
         if self.cfg.base in ("fedavg", "fedprox"):
-            return after
-        relative = [update.examples / float(sizes.double().mean()) for update in updates]
+            weights = [float(update.examples) for update in updates]
+            return {**before, **weighted_mean(states, weights)}
         means = weighted_mean(states, [1.0] * len(states))
+        # Buffers, too, are those of the plain mean.
+        after = {**before, **means}
+        relative = [update.examples / float(sizes.double().mean()) for update in updates]
         for name in self.names:
             if self.cfg.base == "scaffold":
                 share = self.cfg.control_server_lr

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vestige.errors import RecipeError, ShapeError
+from vestige.losses.distill import check_same_shape, kl_divergence, l1_logits
 
 
 def latent_diversity_loss(
@@ -108,3 +109,83 @@ def pooled_logits(
         Logits (B, C), with gradient.
     """
     return torch.einsum("kb,kbc->bc", shares[:, labels], logits)
+
+
+def ensemble_discrepancy(
+    student: Float[Tensor, "batch classes"],
+    teachers: Float[Tensor, "members batch classes"],
+    weights: Float[Tensor, "members batch"],
+    *,
+    kind: str = "kl",
+) -> Float[Tensor, " batch"]:
+    """How much a network differs from each member of an ensemble (FedFTG, arXiv 2203.09249).
+
+    Args:
+        student: logits (B, C), with gradient to the inputs.
+        teachers: logits (K, B, C) of the members. With "kl" gradient flows through them as well,
+            with "l1_logits" not, as in the reference code.
+        weights: (K, B), of each member for each sample. A weight of 0 leaves a member without any
+            influence.
+        kind: "kl" is KL(softmax(student) || softmax(member)) in nats, "l1_logits" the mean absolute
+            difference of logits.
+
+    Returns:
+        (B,), at least 0, the weighted sum over members. A generator adds the NEGATIVE of its mean.
+
+    Raises:
+        RecipeError: unknown kind.
+        ShapeError: the shapes do not fit.
+    """
+    if kind not in ("kl", "l1_logits"):
+        raise RecipeError(f"got discrepancy {kind!r}, expected 'kl' or 'l1_logits'")
+    members = teachers.flatten(0, 1)
+    repeated = student.expand_as(teachers).flatten(0, 1)
+    if kind == "kl":
+        # The student is the first argument of the divergence, which is here called the teacher.
+        each = kl_divergence(members, repeated)
+    else:
+        each = l1_logits(repeated, members.detach())
+    return (weights * each.view(weights.shape)).sum(0)
+
+
+def ensemble_probabilities(
+    teachers: Float[Tensor, "members batch classes"], weights: Float[Tensor, "members batch"]
+) -> Float[Tensor, "batch classes"]:
+    """Weighted sum over members of their softmax, (B, C).
+
+    Args:
+        teachers: logits (K, B, C).
+        weights: (K, B); where they sum to 1 over the members, so does the result over the classes.
+    """
+    return (weights.unsqueeze(-1) * teachers.softmax(-1)).sum(0)
+
+
+def soft_cross_entropy(
+    logits: Float[Tensor, "batch classes"],
+    target: Float[Tensor, "batch classes"],
+    *,
+    reduction: str = "batchmean",
+) -> Float[Tensor, " batch"]:
+    """Cross-entropy with probabilities instead of a class.
+
+    It is KL(target || softmax(logits)) plus the entropy of the target, which is constant.
+
+    Args:
+        logits: (B, C), with gradient.
+        target: (B, C), probabilities, no gradient.
+        reduction: "batchmean" sums over the classes, as cross-entropy does; "mean" takes their
+            mean, 1 / C of it, as FedFTG's code does, so that its learning rate is C times smaller
+            than it reads.
+
+    Returns:
+        (B,), at least 0, in nats.
+
+    Raises:
+        RecipeError: unknown reduction.
+        ShapeError: the shapes differ.
+    """
+    if reduction not in ("batchmean", "mean"):
+        raise RecipeError(f"got reduction {reduction!r}, expected 'batchmean' or 'mean'")
+    check_same_shape(logits, target)
+    each = -(target * logits.log_softmax(1))
+    return each.sum(1) if reduction == "batchmean" else each.mean(1)

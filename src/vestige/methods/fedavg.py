@@ -15,65 +15,21 @@ Differs from the papers: nothing.
 Cost per round: at each active client, for each local step: S forward 1, backward 1.
 """
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 from torch import nn
 
-from vestige.core.federation import (
-    Answer,
-    Ask,
-    ClientData,
-    Clients,
-    Payload,
-    Settings,
-    sent,
-    shapes,
-)
+from vestige.core.federation import Clients, Payload, Settings, sent, shapes
 from vestige.core.protocols import Context, Sharded, Source, Stateful, Task, Teacher
 from vestige.core.types import Requires, Result, Step
-from vestige.federated.bases import BaseTraining, ClientBase, ServerBase
-from vestige.federated.local import mean_loss, opened, own_statistics, returned, train_locally
+from vestige.federated.bases import BaseTraining, ServerBase
+from vestige.federated.local import mean_loss, returned
+from vestige.federated.trained import TrainingClient
 
 
 class FedAvgConfig(BaseTraining):
     """Settings of FedAvg and its relatives: those of the clients' training and of the base."""
-
-
-class FedAvgClient:
-    """Trains the global network on its own examples.
-
-    Args:
-        cfg: of the method.
-        network: gives the form; never trained itself.
-    """
-
-    def __init__(self, cfg: FedAvgConfig, network: nn.Module) -> None:
-        self.cfg, self.network = cfg, copy.deepcopy(network)
-
-    def answer(self, ask: Ask, data: ClientData, state: Payload) -> Answer:
-        """The trained network."""
-        cfg = self.cfg
-        network = self.judged(ask, state)
-        base = ClientBase(cfg, ask, network, state, len(data))
-        lr = cfg.rate(ask.round)
-        loss = train_locally(
-            network, data, cfg, lr=lr, rng=ask.rng("batches"), correction=base.correct
-        )
-        beside, kept = base.kept(network, steps=cfg.steps_of(len(data)), lr=lr)
-        return Answer(
-            {"model": returned(network, cfg.bn_policy), **beside},
-            len(data),
-            metrics={"cross_entropy": loss},
-            state={**kept, **own_statistics(network, cfg.bn_policy)},
-        )
-
-    def judged(self, ask: Ask, state: Payload) -> nn.Module:
-        """The global network, with this client's own statistics where they stay with it."""
-        network = copy.deepcopy(self.network).to(ask.device)
-        opened(network, ask.arrays["model"], state, self.cfg.bn_policy)
-        return network
 
 
 class FedAvg:
@@ -92,7 +48,7 @@ class FedAvg:
     ) -> None:
         self.cfg, self.student = cfg, student
         self.clients = cast(Clients, sources["clients"])
-        self.client = FedAvgClient(cfg, student)
+        self.client = TrainingClient(cfg, student)
         self.base = ServerBase(cfg, student, self.clients.count)
 
     def parts(self) -> Mapping[str, Stateful | Sharded]:

@@ -78,13 +78,18 @@ class LeNet5(nn.Module):
 class ConvNet(nn.Module):
     """Three convolutions of stride 2 with BatchNorm: the small teacher of tests and probes.
 
-    Per width: 3x3 convolution (stride 2, no bias), BN, ReLU; then global average pooling. With 1
+    Per width: 3x3 convolution (stride 2, no bias), norm, ReLU; then global average pooling. With 1
     channel and 10 classes 24,058 parameters, and 3,628 with widths (6, 12, 24). Any image size;
     8x8 or more keeps every stage useful.
     """
 
     def __init__(
-        self, channels: int, num_classes: int, *, widths: Sequence[int] = (16, 32, 64)
+        self,
+        channels: int,
+        num_classes: int,
+        *,
+        widths: Sequence[int] = (16, 32, 64),
+        norm: str = "batch",
     ) -> None:
         """Builds the layers.
 
@@ -92,13 +97,20 @@ class ConvNet(nn.Module):
             channels: C of the input.
             num_classes: K.
             widths: channels of each convolution; each further entry halves the map once more.
+            norm: "batch", or "group": GroupNorm in 2 groups, which keeps no statistics and so is
+                not thrown off by averaging networks that saw different classes.
+
+        Raises:
+            RecipeError: unknown norm.
         """
         super().__init__()
+        if norm not in ("batch", "group"):
+            raise RecipeError(f"got norm {norm!r}, expected 'batch' or 'group'")
         layers: list[nn.Module] = []
         for before, after in zip((channels, *widths), widths, strict=False):
             layers += [
                 nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(after),
+                nn.BatchNorm2d(after) if norm == "batch" else nn.GroupNorm(2, after),
                 nn.ReLU(),
             ]
         self.body = nn.Sequential(*layers)

@@ -21,6 +21,7 @@ from vestige.models.classifiers import (
     wide_resnet,
 )
 from vestige.models.generators import (
+    ConditionalGenerator,
     DCGANGenerator,
     LargeGenerator,
     PyramidGenerator,
@@ -95,6 +96,8 @@ _GENERATORS = {
     "pyramid": _Entry(PyramidGenerator, "as many upsamplings as the size needs, any size"),
     "dcgan": _Entry(DCGANGenerator, "transposed convolutions, shorter side 16, 32, 64, 128, ..."),
 }
+# By itself: the others are called with noise alone.
+_CONDITIONAL = _Entry(ConditionalGenerator, "two upsamplings from noise and a class")
 _FROM_SPEC = ("channels", "size", "spec", "num_classes", "latent_dim")
 
 
@@ -140,6 +143,29 @@ def build_generator(
     """
     given = {"latent_dim": latent_dim, "width": width}
     return _build("generator", name, _find_generator(name), spec, given, args)
+
+
+def build_conditional_generator(
+    spec: InputSpec, num_classes: int, *, latent_dim: int, width: int, **args: Any
+) -> nn.Module:
+    """A freshly initialised `ConditionalGenerator`, from torch's global random state.
+
+    Args:
+        spec: of one image that it makes; its shape is (C, H, W).
+        num_classes: K.
+        latent_dim: Z, number of noise values per image.
+        width: channels of the last hidden map; cost grows with its square.
+        **args: "head" or "slope"; checked, none is ignored.
+
+    Returns:
+        A module from noise (B, Z) and classes (B,) to (B, C, H, W).
+
+    Raises:
+        RecipeError: unknown arguments, all of them listed with the nearest valid key.
+        ShapeError: the input is no (C, H, W) or its sides are not multiples of 4.
+    """
+    given = {"latent_dim": latent_dim, "width": width, "num_classes": num_classes}
+    return _build("generator", "conditional", _CONDITIONAL, spec, given, args)
 
 
 def list_models() -> list[tuple[str, str]]:

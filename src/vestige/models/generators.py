@@ -1,8 +1,9 @@
-"""Networks that turn noise into images."""
+"""Networks that turn noise, or noise and a class, into images."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vestige.core.types import at_least_float32
 from vestige.errors import RecipeError, ShapeError
@@ -59,16 +60,7 @@ class UpsampleGenerator(nn.Module):
             nn.Unflatten(1, start),
             nn.BatchNorm2d(2 * width),
         )
-        self.blocks = nn.Sequential(
-            nn.Upsample(scale_factor=2),
-            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
-            nn.BatchNorm2d(2 * width, eps=inner_eps),
-            nn.LeakyReLU(slope),
-            nn.Upsample(scale_factor=2),
-            nn.Conv2d(2 * width, width, 3, padding=1),
-            nn.BatchNorm2d(width, eps=inner_eps),
-            nn.LeakyReLU(slope),
-        )
+        self.blocks = _doublings(width, slope, inner_eps)
         self.head = _head(head, width, channels)
         if spectral:
             _spectral(self)
@@ -80,6 +72,68 @@ class UpsampleGenerator(nn.Module):
         batch of 2B.
         """
         images: Tensor = self.head(self.blocks(self.project(latent)))
+        return at_least_float32(images)
+
+
+class ConditionalGenerator(nn.Module):
+    """Noise and a class to images: `UpsampleGenerator` with half of its first maps from the class.
+
+    Linear from the noise to w x H/4 x W/4, Linear from the one-hot class to as much, both maps
+    side by side, BN; from there on as `UpsampleGenerator`. Default torch initialisation. 682,499
+    parameters for 3x32x32, 10 classes and Z = 100.
+
+    Attributes:
+        latent_dim: Z, number of noise values per image.
+        num_classes: K.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        num_classes: int,
+        channels: int,
+        size: int | tuple[int, int],
+        *,
+        width: int = 64,
+        head: str = "tanh_bn",
+        slope: float = 0.2,
+    ) -> None:
+        """Builds the layers.
+
+        Args:
+            latent_dim: Z.
+            num_classes: K.
+            channels: C of the image.
+            size: side or (H, W), both divisible by 4.
+            width: w, channels of the last hidden map; the first ones have 2w. Cost grows with w^2.
+            head: as for `UpsampleGenerator`.
+            slope: of the LeakyReLUs for negative values.
+
+        Raises:
+            RecipeError: unknown head.
+            ShapeError: a side is not a positive multiple of 4.
+        """
+        super().__init__()
+        self.latent_dim, self.num_classes = latent_dim, num_classes
+        height, breadth = _quarter(size)
+        self.from_latent = nn.Linear(latent_dim, width * height * breadth)
+        self.from_label = nn.Linear(num_classes, width * height * breadth)
+        self.start = nn.Sequential(
+            nn.Unflatten(1, (2 * width, height, breadth)), nn.BatchNorm2d(2 * width)
+        )
+        self.blocks = _doublings(width, slope)
+        self.head = _head(head, width, channels)
+
+    def forward(
+        self, latent: Float[Tensor, "batch latent"], labels: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch c h w"]:
+        """Noise (B, Z) and classes (B,) in [0, K) to (B, C, H, W), range as the head says.
+
+        Gradient flows to the noise. In training mode BN ties the images of a batch together.
+        """
+        code = F.one_hot(labels, self.num_classes).to(latent.dtype)
+        start = torch.cat([self.from_latent(latent), self.from_label(code)], 1)
+        images: Tensor = self.head(self.blocks(self.start(start)))
         return at_least_float32(images)
 
 
@@ -335,6 +389,20 @@ def _quarter(size: int | tuple[int, int]) -> tuple[int, int]:
             "'pyramid', which makes any size"
         )
     return height // 4, breadth // 4
+
+
+def _doublings(width: int, slope: float, inner_eps: float = 1e-5) -> nn.Sequential:
+    """From 2w channels to w on a map of four times the sides."""
+    return nn.Sequential(
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+        nn.BatchNorm2d(2 * width, eps=inner_eps),
+        nn.LeakyReLU(slope),
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(2 * width, width, 3, padding=1),
+        nn.BatchNorm2d(width, eps=inner_eps),
+        nn.LeakyReLU(slope),
+    )
 
 
 def _head(name: str, width: int, channels: int) -> nn.Sequential:
