@@ -11,7 +11,15 @@ from torch import nn
 
 from vestige.core.types import InputSpec
 from vestige.errors import RecipeError, ShapeError
-from vestige.models.classifiers import ConvNet, LeNet5, resnet18, resnet34, vgg11, wide_resnet
+from vestige.models.classifiers import (
+    BlockCNN,
+    ConvNet,
+    LeNet5,
+    resnet18,
+    resnet34,
+    vgg11,
+    wide_resnet,
+)
 from vestige.models.generators import (
     DCGANGenerator,
     LargeGenerator,
@@ -38,6 +46,9 @@ _MODELS = {
     "lenet5": _Entry(LeNet5, "LeNet-5, no BatchNorm, 16x16 or larger", {"half": False}),
     "lenet5-half": _Entry(LeNet5, "LeNet-5 with half the channels", {"half": True}),
     "convnet": _Entry(ConvNet, "three strided convolutions with BatchNorm, 24k parameters"),
+    "block-cnn": _Entry(
+        BlockCNN, "five blocks in a row with GroupNorm, 0.6M parameters at 32x32", min_side=4
+    ),
     "resnet18": _Entry(resnet18, "ResNet-18 with the 32x32 stem, 11.2M parameters"),
     "resnet34": _Entry(resnet34, "ResNet-34 with the 32x32 stem, 21.3M parameters"),
     "wrn-40-2": _Entry(
