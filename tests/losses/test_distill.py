@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from vestige.errors import RecipeError, ShapeError
-from vestige.losses.distill import kl_divergence, l1_logits
+from vestige.losses.distill import kl_divergence, l1_logits, soft_label_divergence
 
 
 def draw(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,3 +146,31 @@ def test_shapes_are_not_broadcast(loss, student, teacher):
 def test_kl_refuses_what_it_does_not_know(wrong):
     with pytest.raises(RecipeError, match=next(iter(wrong))):
         kl_divergence(*draw(2, 3), **wrong)
+
+
+def test_divergence_from_soft_labels_is_kl_from_the_logits_they_were_made_of():
+    student, teacher = draw(5, 6)
+    for temperature in (1.0, 3.0):
+        found = soft_label_divergence(
+            student, torch.softmax(teacher / temperature, 1), temperature=temperature
+        )
+        torch.testing.assert_close(found, kl_divergence(student, teacher, temperature=temperature))
+
+
+def test_divergence_from_one_hot_labels_is_cross_entropy_and_from_none_nothing():
+    student, _ = draw(5, 6)
+    student.requires_grad_()
+    labels = torch.arange(5)
+    found = soft_label_divergence(student, F.one_hot(labels, 6).to(student))
+    torch.testing.assert_close(found, F.cross_entropy(student, labels, reduction="none"))
+    nothing = soft_label_divergence(student, torch.zeros_like(student))
+    (gradient,) = torch.autograd.grad(nothing.sum(), student)
+    assert not nothing.any()
+    assert not gradient.any()
+
+
+def test_soft_labels_of_another_shape_or_temperature_are_refused():
+    with pytest.raises(ShapeError, match=r"got .*expected .*check"):
+        inspect.unwrap(soft_label_divergence)(torch.zeros(4, 3), torch.zeros(4, 1))
+    with pytest.raises(RecipeError, match="temperature"):
+        soft_label_divergence(*draw(2, 3), temperature=0.0)

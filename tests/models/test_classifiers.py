@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from vestige.core.types import count_parameters
 from vestige.errors import RecipeError, ShapeError
 from vestige.models.classifiers import (
+    BlockCNN,
     ConvNet,
     LeNet5,
     ResNet,
@@ -24,6 +25,7 @@ def small() -> dict[str, nn.Module]:
     return {
         "lenet": LeNet5(4, 2, size=16),
         "convnet": ConvNet(2, 4, widths=(4, 6, 8)),
+        "blocks": BlockCNN(2, 4, size=(16, 16), widths=(4, 6, 8), hidden=5, groups=2),
         "resnet": resnet18(channels=2, num_classes=4, width=4),
         "wrn": wide_resnet(10, 1, channels=2, num_classes=4),
         "vgg": vgg11(channels=2, num_classes=4),
@@ -55,6 +57,8 @@ def wrn_count(depth: int, factor: int) -> int:
         (LeNet5(half=True), 15_738),
         (ConvNet(1, 10), 24_058),
         (ConvNet(1, 10, widths=(6, 12, 24)), 3_628),
+        # 960 + 18,624 + 37,056 for convolutions and GroupNorm, 524,416 + 1,290 behind.
+        (BlockCNN(3, 10), 582_346),
         # The usual CIFAR ResNets.
         (resnet18(), 11_173_962),
         (resnet34(), 21_282_122),

@@ -70,11 +70,11 @@ def batches(count: int, size: int, steps: int, rng: torch.Generator) -> Iterator
         count: rows, N >= 1.
         size: of a batch; more than N takes all of them.
         steps: batches in all.
-        rng: on the CPU.
+        rng: the rows lie where it does.
     """
     taken = 0
     while taken < steps:
-        for rows in torch.randperm(count, generator=rng).split(size):
+        for rows in torch.randperm(count, generator=rng, device=rng.device).split(size):
             if taken == steps:
                 return
             taken += 1
@@ -110,22 +110,59 @@ def train_locally(
     Returns:
         Mean loss of the steps, in nats.
     """
-    named = {name: value for name, value in network.named_parameters() if value.requires_grad}
-    optimizer = torch.optim.SGD(
-        named.values(),
+
+    def of_rows(rows: Tensor) -> Tensor:
+        return loss_fn(network, data.inputs[rows], data.labels[rows])
+
+    optimizer = descent(network, cfg, lr)
+    return descend(network, data, cfg, of_rows, optimizer, rng=rng, correction=correction)
+
+
+def trained(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that take a gradient, by name."""
+    return {name: value for name, value in network.named_parameters() if value.requires_grad}
+
+
+def descent(network: nn.Module, cfg: ClientTraining, lr: float) -> torch.optim.SGD:
+    """A client's SGD on `network`, without momentum yet."""
+    return torch.optim.SGD(
+        trained(network).values(),
         lr,
         momentum=cfg.client_momentum,
         weight_decay=cfg.client_weight_decay,
         foreach=True,
     )
+
+
+def descend(
+    network: nn.Module,
+    data: ClientData,
+    cfg: ClientTraining,
+    loss_of: Callable[[Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    *,
+    rng: torch.Generator,
+    correction: Correction | None = None,
+) -> float:
+    """`train_locally` for a loss that goes by the rows of a batch, with an optimizer of its own.
+
+    Args:
+        network: as there.
+        data: as there.
+        cfg: as there.
+        loss_of: of the examples in these rows, (B,), int64, on the device of the data.
+        optimizer: on the parameters of `network`.
+        rng: as there.
+        correction: as there.
+    """
+    named = trained(network)
     network.train()
     if cfg.bn_policy == "frozen":
         freeze_statistics(network)
     total = torch.zeros((), device=data.inputs.device)
     steps = cfg.steps_of(len(data))
     for rows in batches(len(data), cfg.batch_size, steps, rng):
-        chosen = rows.to(data.inputs.device)
-        loss = loss_fn(network, data.inputs[chosen], data.labels[chosen])
+        loss = loss_of(rows.to(data.inputs.device))
         optimizer.zero_grad()
         loss.backward()
         if correction is not None:

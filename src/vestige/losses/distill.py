@@ -74,6 +74,39 @@ def kl_divergence(
     return divergence.unsqueeze(-1).flatten(1).mean(1) * temperature**2
 
 
+def soft_label_divergence(
+    student: Float[Tensor, "batch classes"],
+    soft_labels: Float[Tensor, "batch classes"],
+    *,
+    temperature: float = 1.0,
+) -> Float[Tensor, " batch"]:
+    """KL(soft labels || softmax(student / temperature)) * temperature^2.
+
+    `kl_divergence` for a teacher of whom only probabilities are known; with one-hot soft labels and
+    temperature 1 it is the cross-entropy.
+
+    Args:
+        student: finite logits (B, K), with gradient.
+        soft_labels: (B, K), rows that sum to 1, zeros allowed, made at the same temperature;
+            gradient flows here too, so detach in a student step.
+        temperature: above 0; higher compares the small probabilities as well.
+
+    Returns:
+        (B,), at least 0 up to rounding; sum over classes.
+
+    Raises:
+        RecipeError: a temperature that is not above 0.
+        ShapeError: the shapes differ.
+    """
+    if not temperature > 0:
+        raise RecipeError(
+            f"got temperature {temperature}, expected a value above 0; 1 leaves the logits alone"
+        )
+    check_same_shape(student, soft_labels)
+    log_probs = F.log_softmax(student / temperature, 1)
+    return F.kl_div(log_probs, soft_labels, reduction="none").sum(1) * temperature**2
+
+
 def check_same_shape(student: Tensor, teacher: Tensor) -> None:
     """Refuse logits that would be broadcast.
 

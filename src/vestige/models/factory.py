@@ -12,6 +12,7 @@ from torch import nn
 from vestige.core.types import InputSpec
 from vestige.errors import RecipeError, ShapeError
 from vestige.models.classifiers import (
+    BlockCNN,
     ConvNet,
     LeNet5,
     StrideCNN,
@@ -49,6 +50,9 @@ _MODELS = {
     "convnet": _Entry(ConvNet, "three strided convolutions with BatchNorm, 24k parameters"),
     "stride-cnn": _Entry(
         StrideCNN, "two strided convolutions and two linear layers, 26k parameters on 28x28"
+    ),
+    "block-cnn": _Entry(
+        BlockCNN, "five blocks in a row with GroupNorm, 0.6M parameters at 32x32", min_side=4
     ),
     "resnet18": _Entry(resnet18, "ResNet-18 with the 32x32 stem, 11.2M parameters"),
     "resnet34": _Entry(resnet34, "ResNet-34 with the 32x32 stem, 21.3M parameters"),
