@@ -1,6 +1,6 @@
 """FedAvg, FedProx, SCAFFOLD and FedDyn: the baselines of federated learning.
 
-Papers: Communication-Efficient Learning of Deep Networks from Decentralized Data, McMahan, Moore,
+Paper: Communication-Efficient Learning of Deep Networks from Decentralized Data, McMahan, Moore,
     Ramage, Hampson, Agüera y Arcas, 2017, arXiv 1602.05629; Federated Optimization in Heterogeneous
     Networks, Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith, 2020, arXiv 1812.06127; SCAFFOLD,
     Karimireddy, Kale, Mohri, Reddi, Stich, Suresh, 2020, arXiv 1910.06378; Federated Learning Based
@@ -13,7 +13,7 @@ and sends it back; the server averages. `base` chooses among the four, see `fede
 After the last round each client may tune the global network for itself (`tune_epochs`), the usual
 reference of personalised federated learning.
 
-Differs from the papers: nothing without `tune_epochs`.
+Differs from the paper: nothing without `tune_epochs`.
 
 Cost per round: at each active client, for each local step: S forward 1, backward 1.
 """
