@@ -330,7 +330,9 @@ def silence(monkeypatch: pytest.MonkeyPatch, *, every: int) -> None:
 def test_advice_reaches_the_blocks_before_the_cut_alone(cut, monkeypatch):
     silence(monkeypatch, every=2)
     method = make(client_momentum=0.0, dropping_set=[cut], local_steps=2)
-    head = {name: value + 0.1 for name, value in head_of(method, cut).items()}
+    head = {
+        name: value + 0.3 * torch.randn(value.shape) for name, value in head_of(method, cut).items()
+    }
     before = {name: value.clone() for name, value in head.items()}
     after = trained(method, cut, head=head)
     assert changed(weights(network()), after) == set(BLOCK[:cut])
@@ -346,6 +348,17 @@ def test_soft_labels_reach_the_blocks_before_the_cut_alone(cut, monkeypatch):
     soft = torch.softmax(torch.randn(count, CLASSES), 1)
     after = trained(method, cut, advice={"soft_labels": soft, "rows": torch.arange(count)})
     assert changed(weights(network()), after) == set(BLOCK[:cut])
+
+
+def test_the_head_is_frozen_at_a_client_whatever_it_was_at_the_server():
+    method = make()
+    method.student.train()
+    head = method.client.head(asked("train", 2, {"head": head_of(method, 2)}))
+    assert not any(layer.training for layer in head.modules())
+    assert not any(weight.requires_grad for weight in head.parameters())
+    assert list(head.state_dict()) == [
+        name for name in network().state_dict() if name.split(".")[0] in BLOCK[2:]
+    ]
 
 
 def test_own_labels_train_every_block():
