@@ -27,6 +27,15 @@ def test_a_class_is_averaged_over_the_clients_that_have_it():
     assert torch.equal(arrays["class-logits"]["means"], answers.means)
 
 
+def test_over_all_clients_one_without_a_class_counts_0():
+    answers = ClassLogits(3, over_all=True)
+    means = torch.arange(18.0).view(2, 3, 3)
+    answers.add(means, torch.tensor([[1, 5, 0], [0, 1, 0]]))
+    torch.testing.assert_close(answers.means[0], means[0, 0] / 2)
+    torch.testing.assert_close(answers.means[1], means[:, 1].mean(0))
+    assert answers.message()[1] == {"labels": [0, 1]}
+
+
 def test_a_class_that_nobody_drew_keeps_its_mean():
     answers = ClassLogits(2)
     answers.add(torch.ones(1, 2, 2), torch.tensor([[1, 1]]))

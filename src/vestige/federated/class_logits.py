@@ -17,12 +17,18 @@ def sums_by_class(logits: Tensor, labels: Tensor) -> Tensor:
 class ClassLogits:
     """Means over the clients that have a class; a class that no client has keeps what it had.
 
+    Args:
+        num_classes: C.
+        over_all: divide by all clients that answered; one without a class counts with logits of 0,
+            which softens the answers to rare classes.
+
     Attributes:
         means: (C, C), float32, on the CPU; rows by label, 0 where nobody had it yet.
         known: (C,), bool, classes that some client has had.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, *, over_all: bool = False) -> None:
+        self.over_all = over_all
         self.means = torch.zeros(num_classes, num_classes)
         self.known = torch.zeros(num_classes, dtype=torch.bool)
 
@@ -36,7 +42,8 @@ class ClassLogits:
         has = (counts > 0).cpu()
         total = torch.where(has[..., None], means.cpu(), 0.0).sum(0)
         now = has.any(0)
-        fresh = total / has.sum(0).clamp_min(1)[:, None]
+        clients = torch.full_like(now, len(has), dtype=torch.long) if self.over_all else has.sum(0)
+        fresh = total / clients.clamp_min(1)[:, None]
         self.means = torch.where(now[:, None], fresh, self.means)
         self.known = self.known | now
 

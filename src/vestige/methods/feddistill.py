@@ -17,8 +17,9 @@ to use is each client's own network, see `judged`. `share_weights` averages the 
 by a base algorithm: FedDistill+.
 
 Differs from the paper: in the paper, as far as it is known to us, m(y) leaves out the client that
-    learns from it; FedGen's code, like this one, does not. In FedGen's code a client's mean is
-    drawn to 0 by a count that begins at 1, and clients without a class take part with a mean of 0.
+    learns from it; FedGen's code, like this one, does not. In FedGen's code a client's mean runs
+    over all rounds and is drawn to 0 by a count that begins at 1, and clients without a class take
+    part with a mean of 0, which `average_over: all` does as well.
 
 Cost per round: at each active client, for each local step: S forward 1, backward 1. Sent are C x C
     numbers each way; with `share_weights` S as well.
@@ -26,7 +27,7 @@ Cost per round: at each active client, for each local step: S forward 1, backwar
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Self, cast
+from typing import Literal, Self, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -63,6 +64,8 @@ class FedDistillConfig(BaseTraining):
         share_weights: average the networks, too. False; True is FedDistill+.
         distillation_weight: l. 1; higher holds answers nearer to the mean of their class, 0 leaves
             each client to itself, or to the base algorithm.
+        average_over: m(y) is the mean over the clients that are "holders" of class y, or over "all"
+            that answered, those without it counting 0: softer answers to rare classes.
     """
 
     rounds: int = Field(200, ge=1)
@@ -70,6 +73,7 @@ class FedDistillConfig(BaseTraining):
     client_lr_decay: float = Field(0.99, gt=0, le=1)
     share_weights: bool = False
     distillation_weight: float = Field(1.0, ge=0)
+    average_over: Literal["holders", "all"] = "holders"
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -154,7 +158,7 @@ class FedDistill:
         self.sharing = Sharing(cfg.bn_policy, None if cfg.share_weights else ())
         self.client = FedDistillClient(cfg, student, self.sharing)
         self.base = ServerBase(cfg, student, self.clients.count)
-        self.answers = ClassLogits(task.num_classes)
+        self.answers = ClassLogits(task.num_classes, over_all=cfg.average_over == "all")
 
     def parts(self) -> Mapping[str, Stateful | Sharded]:
         """The global network, the control variates and the mean answers."""
@@ -190,10 +194,14 @@ class FedDistill:
             yield ctx.took("student", mean_loss(updates))
 
     def variant(self) -> str:
-        """What is shared beside the answers; "" is FedDistill as published."""
-        if not self.cfg.share_weights:
-            return ""
-        return "shared weights" if self.cfg.base == "fedavg" else f"shared weights, {self.cfg.base}"
+        """The options that are on; "" is FedDistill as published."""
+        cfg = self.cfg
+        options = {
+            "shared weights": cfg.share_weights,
+            cfg.base: cfg.base != "fedavg",
+            "mean over all clients": cfg.average_over == "all",
+        }
+        return ", ".join(name for name, on in options.items() if on)
 
     def result(self) -> Result:
         """The global network."""

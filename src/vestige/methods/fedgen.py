@@ -76,18 +76,21 @@ class FedGenConfig(BaseTraining):
 
     Attributes:
         rounds: of communication. 200.
-        local_steps: mini-batch steps of a client in a round. 20, which the code calls epochs.
+        local_steps: mini-batch steps of a client in a round. 20, which the code calls epochs. More
+            save rounds, and let clients drift further apart within one.
         client_lr_decay: per round. 0.99.
-        latent_dim: values of noise, d_eps. 32.
+        latent_dim: values of noise, d_eps. 32; 64 for CIFAR.
         hidden_dim: of the generator. 256; 128 for CelebA. Higher costs more at the clients, too.
         embedding: the generator learns codes of the labels. False: one-hot.
         noise: "uniform" in [0, 1), or "normal".
-        generator_steps: of the server in a round. 50.
+        generator_steps: of the server in a round. 50. Fewer leave it behind the heads.
         generator_batch_size: of the server. 32.
-        generator_lr: of Adam, in the first round. 3e-4; 1e-4 for EMNIST.
+        generator_lr: of Adam, in the first round. 3e-4; 1e-4 for EMNIST. Higher follows the heads
+            faster, and is noisier.
         generator_lr_decay: per round. 0.98.
         generator_weight_decay: L2 penalty. 1e-2.
-        ensemble_weight: of the cross-entropy of the clients' heads. 1.
+        ensemble_weight: of the cross-entropy of the clients' heads. 1. Higher makes features that
+            are surer of their class.
         diversity_weight: of the diversity term. 1; 0 lets features of a class be all the same.
         adversarial_weight: of KL(all heads || global head of before), which the generator
             maximises. 0, off.
@@ -104,7 +107,7 @@ class FedGenConfig(BaseTraining):
             higher trusts the generator more against the client's own examples. 0 is off.
         consistency_weight: b_0, of the KL between answers to generated features and to examples of
             the same class. 10; 1 for EMNIST. 0 is off.
-        term_decay: of a_r and b_r per round. 0.98.
+        term_decay: of a_r and b_r per round. 0.98. Lower leaves clients to their examples sooner.
         least_weight: floor of a_r and b_r, where they are on. 1e-4.
         generated_batch_size: generated features per client step, B_g. 32.
         lean: only the head is sent, see above.
