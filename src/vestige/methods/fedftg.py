@@ -11,7 +11,8 @@ networks that the active clients sent and n_k^y their label counts, in each roun
    - `diversity_weight` exp(-mean of |x_i - x_j| |z_i - z_j|^2) with x = G(z, y);
 3. then w takes `student_steps` steps towards sum_k a_k(y) softmax(D(x; w_k)) on the same x.
 The next round begins from the fine-tuned w, which is also what FedProx, SCAFFOLD and FedDyn refer
-to. G is kept over the rounds, the optimizers are not. `averaged` has w from before step 2.
+to. G is kept over the rounds, the optimizers are not. `averaged` has w from before step 2. The server
+works with single clients' networks, so what they send cannot be encrypted as a sum.
 
 Differs from the paper:
     Where the public code departs from the formulas, the formulas are the default and the code is
@@ -293,8 +294,9 @@ class FedFTG:
             + cfg.fidelity_weight * terms["fidelity"]
             + cfg.diversity_weight * terms["diversity"]
         )
-        known = ensemble_probabilities(clients, weights)
-        return Loss(terms, total, inputs, _as_prediction(known), answer)
+        together = len(members) == ensemble.networks.count
+        known = _as_prediction(ensemble_probabilities(clients, weights)) if together else None
+        return Loss(terms, total, inputs, known, answer)
 
     @torch.no_grad()
     def lesson(self, batch: Batch, ensemble: Ensemble) -> Batch:
