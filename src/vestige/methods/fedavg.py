@@ -20,12 +20,12 @@ from typing import cast
 
 from torch import nn
 
-from vestige.core.federation import Clients, Payload, Settings, sent
+from vestige.core.federation import Clients, Payload, Settings, sent, shapes
 from vestige.core.protocols import Context, Sharded, Source, Stateful, Task, Teacher
 from vestige.core.types import Requires, Result, Step
 from vestige.federated.bases import BaseTraining, ServerBase
-from vestige.federated.local import mean_loss
-from vestige.federated.trained import TrainingClient, train_round
+from vestige.federated.local import mean_loss, returned
+from vestige.federated.trained import TrainingClient
 
 
 class FedAvgConfig(BaseTraining):
@@ -61,11 +61,24 @@ class FedAvg:
 
     def run(self, ctx: Context) -> Iterator[Step]:
         """Ask, average."""
-        for number in ctx.rounds("federated", self.cfg.rounds):
-            updates, after = train_round(self.clients, self.base, self.student, number, ctx.rng)
+        cfg, clients = self.cfg, self.clients
+        expects = {
+            "model": shapes(returned(self.student, cfg.bn_policy)),
+            **self.base.expects(),
+        }
+        for number in ctx.rounds("federated", cfg.rounds):
+            active = clients.sample(cfg.active or clients.count, ctx.rng)
+            model, _ = self.offer()
+            beside, settings = self.base.offer(clients.sizes())
+            updates = clients.ask(
+                "train", number, active, {**model, **beside}, settings, expects=expects
+            )
+            # A void round leaves everything as it was.
             if not updates:
                 continue
-            self.student.load_state_dict(after)
+            self.student.load_state_dict(
+                self.base.aggregate(model["model"], updates, clients.sizes())
+            )
             yield ctx.took("student", mean_loss(updates))
 
     def variant(self) -> str:
