@@ -156,6 +156,21 @@ def test_scaffolds_correction_vanishes_where_all_clients_pull_alike():
     assert all(torch.equal(plain.state[name], corrected.state[name]) for name in plain.state)
 
 
+def test_scaffolds_gradient_is_the_servers_control_by_size_less_the_clients():
+    """c / n~_k - c_k, with n~_k = 8 / 16."""
+    net = network()
+    named = dict(net.named_parameters())
+    own = {name: torch.full_like(value, 3.0) for name, value in named.items()}
+    common = {name: torch.full_like(value, 5.0) for name, value in named.items()}
+    ask = Ask("train", 0, 0, {"control": common}, {"mean-examples": 16.0}, 0)
+    base = ClientBase(BaseTraining(base="scaffold"), ask, net, {"control": own}, 8)
+    for value in named.values():
+        value.grad = torch.ones_like(value)
+    base.correct(named)
+    # 1 + 5 / 0.5 - 3.
+    assert all(torch.equal(value.grad, torch.full_like(value, 8.0)) for value in named.values())
+
+
 # FedDyn
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vestige.core.federation import ClientUpdate
 from vestige.core.types import InputSpec
-from vestige.federated.stacked import StackedNetworks
+from vestige.federated.stacked import ClientEnsemble, StackedNetworks
 from vestige.models.factory import build_model
 
 SPEC = InputSpec.image(1, 8, 8)
@@ -71,3 +72,51 @@ def test_what_a_state_lacks_is_the_forms():
     inputs = torch.randn(6, *SPEC.shape)
     found = StackedNetworks(form, [short], chunk=1)(inputs)[0]
     assert torch.equal(found, mixed(inputs))
+
+
+def ensemble(counts: list[list[int]], *, by_counts: bool = True) -> ClientEnsemble:
+    each = networks("group", len(counts))
+    updates = [
+        ClientUpdate(k, {"model": one.state_dict()}, sum(row), torch.tensor(row), {})
+        for k, (one, row) in enumerate(zip(each, counts, strict=True))
+    ]
+    return ClientEnsemble.of(updates, each[0], by_counts=by_counts, chunk=2, device="cpu")
+
+
+@pytest.mark.parametrize("by_counts", [True, False])
+def test_labels_are_drawn_from_what_the_clients_have(by_counts):
+    made = ensemble([[60, 0, 0], [10, 30, 0]])
+    first, again = (
+        made.labels(500, torch.Generator().manual_seed(0), by_counts=by_counts) for _ in range(2)
+    )
+    assert torch.equal(first, again)
+    found = torch.bincount(first, minlength=3)
+    assert len(first) == 500
+    assert found[2] == 0
+    if by_counts:
+        assert (found - torch.tensor([350, 150, 0])).abs().max() <= 1
+    else:
+        # Four standard deviations of 500 tosses of a coin.
+        assert (found[0] - 250).abs() < 45
+    # Shuffled: no batch holds one class alone.
+    assert all(len(part.unique()) == 2 for part in first.split(50))
+
+
+def test_shares_go_by_counts_or_are_equal():
+    counts = [[3, 0, 0], [1, 2, 0]]
+    assert ensemble(counts).shares.tolist() == [[0.75, 0.0, 0.0], [0.25, 1.0, 0.0]]
+    assert ensemble(counts, by_counts=False).shares.tolist() == [[0.5] * 3] * 2
+
+
+def test_members_take_turns_or_not():
+    made = ensemble([[1, 1, 1]] * 3)
+    assert made.turns(one_by_one=False) == [range(3)]
+    assert made.turns(one_by_one=True) == [range(1), range(1, 2), range(2, 3)]
+
+
+def test_each_client_speaks_about_the_classes_that_it_has():
+    made = ensemble([[4, 0, 2], [0, 3, 2]])
+    inputs, labels = torch.randn(3, *SPEC.shape), torch.arange(3)
+    each = [one(inputs).softmax(1) for one in networks("group", 2)]
+    expected = torch.stack([each[0][0], each[1][1], (each[0][2] + each[1][2]) / 2])
+    torch.testing.assert_close(made.probabilities(inputs, labels), expected, atol=1e-6, rtol=0)

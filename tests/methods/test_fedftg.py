@@ -15,9 +15,9 @@ from vestige.core.federation import ClientUpdate
 from vestige.core.types import Batch, InputSpec, Step
 from vestige.errors import ShapeError
 from vestige.federated.local import freeze_statistics
-from vestige.federated.stacked import StackedNetworks
+from vestige.federated.stacked import ClientEnsemble, StackedNetworks
 from vestige.methods.fedavg import FedAvg
-from vestige.methods.fedftg import Ensemble, FedFTG, FedFTGConfig
+from vestige.methods.fedftg import FedFTG, FedFTGConfig
 from vestige.models.factory import build_model
 from vestige.recipes.build import build_method
 from vestige.tasks.classification import Classification
@@ -103,11 +103,13 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-def ensemble_of(*networks: nn.Module, shares: Tensor | None = None, chunk: int = 2) -> Ensemble:
+def ensemble_of(
+    *networks: nn.Module, shares: Tensor | None = None, chunk: int = 2
+) -> ClientEnsemble:
     """As `FedFTG.ensemble` makes it; by default every network has the same say."""
     stacked = StackedNetworks(networks[0], [n.state_dict() for n in networks], chunk=chunk)
     equal = torch.full((len(networks), 3), 1 / len(networks))
-    return Ensemble(stacked, equal if shares is None else shares)
+    return ClientEnsemble(stacked, equal if shares is None else shares, torch.ones(3) / 3)
 
 
 def drawn(rows: int = 8) -> Batch:
@@ -254,24 +256,6 @@ def test_shares_come_from_the_counts_that_came_with_the_networks():
     assert method.ensemble(updates, torch.device("cpu")).shares.tolist() == [[0.5] * 3] * 2
 
 
-@pytest.mark.parametrize("sampling", ["counts", "uniform"])
-def test_labels_are_drawn_from_what_the_active_clients_have(sampling):
-    method = make(label_sampling=sampling, iterations=10, server_batch_size=50)
-    updates = updates_of(network(1), network(2), counts=[[60, 0, 0], [10, 30, 0]])
-    labels = method.labels(updates, context())
-    assert torch.equal(labels, method.labels(updates, context()))
-    found = torch.bincount(labels, minlength=3)
-    assert len(labels) == 500
-    assert found[2] == 0
-    if sampling == "counts":
-        assert (found - torch.tensor([350, 150, 0])).abs().max() <= 1
-        # Shuffled: no batch holds one class alone.
-        assert all(len(part.unique()) == 2 for part in labels.split(50))
-    else:
-        # Four standard deviations of 500 tosses of a coin.
-        assert (found[0] - 250).abs() < 45
-
-
 # The generator's loss
 
 
@@ -405,7 +389,7 @@ def test_each_step_moves_its_own_network_alone(update):
     seen: dict[str, Any] = {}
     made = method.ensemble
 
-    def watched(*args: Any) -> Ensemble:
+    def watched(*args: Any) -> ClientEnsemble:
         seen["ensemble"] = made(*args)
         seen["first"] = {n: v.clone() for n, v in seen["ensemble"].networks.state.items()}
         return seen["ensemble"]  # type: ignore[no-any-return]
@@ -470,7 +454,7 @@ def test_nothing_but_weights_and_counts_leaves_a_client():
 @pytest.mark.parametrize("policy", ["local", "frozen"])
 def test_clients_that_keep_their_statistics_teach_with_those_of_the_global_network(policy):
     method = make(bn_policy=policy, rounds=1)
-    seen: list[Ensemble] = []
+    seen: list[ClientEnsemble] = []
     made = method.ensemble
     method.ensemble = lambda *args: seen.append(made(*args)) or seen[-1]
     before = state_of(method.student)

@@ -1,13 +1,17 @@
-"""Many networks of one form on one batch."""
+"""Many networks of one form on one batch, and what the clients of a round teach with them."""
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from vestige.core.federation import Arrays
+from vestige.core.federation import Arrays, ClientUpdate
 from vestige.core.types import predict
+from vestige.federated.labels import class_shares, label_prior, quota_labels, uniform_labels
+from vestige.losses.federated import ensemble_probabilities
 
 
 class StackedNetworks:
@@ -55,3 +59,64 @@ class StackedNetworks:
             return answer({name: value[0] for name, value in state.items()})[None]
         logits: Tensor = torch.func.vmap(answer)(state)
         return logits
+
+
+@dataclass(frozen=True)
+class ClientEnsemble:
+    """The networks that clients sent, and how much the word of each counts for each class.
+
+    Attributes:
+        networks: of K clients.
+        shares: a_k(y), (K, C); columns sum to 1, or to 0 where no client has the class.
+        prior: share of each class in the clients' examples, (C,).
+    """
+
+    networks: StackedNetworks
+    shares: Tensor
+    prior: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        updates: Sequence[ClientUpdate],
+        form: nn.Module,
+        *,
+        by_counts: bool = True,
+        chunk: int,
+        device: torch.device | str,
+    ) -> Self:
+        """From what the clients of a round sent.
+
+        Args:
+            updates: with "model" among the arrays, and with counts of classes.
+            form: gives the networks' form, and statistics that a client kept to itself.
+            by_counts: shares by the counts, eq. 9 of FedFTG; else 1 / K each.
+            chunk: as in `StackedNetworks`.
+            device: where it is to be.
+        """
+        states = [update.arrays["model"] for update in updates]
+        counts = torch.stack([update.counts for update in updates])
+        shares = class_shares(counts)
+        return cls(
+            StackedNetworks(form, states, chunk=chunk, device=device),
+            (shares if by_counts else torch.full_like(shares, 1 / len(shares))).to(device),
+            label_prior(counts).to(device),
+        )
+
+    def turns(self, *, one_by_one: bool) -> list[range]:
+        """All members together, or each by itself."""
+        everybody = range(self.networks.count)
+        return [everybody[k : k + 1] for k in everybody] if one_by_one else [everybody]
+
+    def labels(self, count: int, rng: torch.Generator, *, by_counts: bool = True) -> Tensor:
+        """Classes that the clients have, (count,), as often as they have them or evenly."""
+        drawn = (
+            quota_labels(self.prior, count, rng)
+            if by_counts
+            else uniform_labels(self.prior > 0, count, rng)
+        )
+        return drawn.to(self.prior.device)
+
+    def probabilities(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """What they say together, (B, C): each about the inputs made for classes that it has."""
+        return ensemble_probabilities(self.networks(inputs), self.shares[:, labels])

@@ -1,11 +1,21 @@
-"""The client of every method whose clients do nothing but train the global network."""
+"""What methods have in common whose clients do nothing but train the global network."""
 
 import copy
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from vestige.core.federation import Answer, Ask, ClientData, Payload
-from vestige.federated.bases import BaseTraining, ClientBase
+from vestige.core.federation import (
+    Answer,
+    Ask,
+    ClientData,
+    Clients,
+    ClientUpdate,
+    Payload,
+    sent,
+    shapes,
+)
+from vestige.federated.bases import BaseTraining, ClientBase, ServerBase
 from vestige.federated.local import opened, own_statistics, returned, train_locally
 
 
@@ -44,3 +54,30 @@ class TrainingClient:
         network = copy.deepcopy(self.network).to(ask.device)
         opened(network, ask.arrays["model"], state, self.cfg.bn_policy)
         return network
+
+
+def train_round(
+    clients: Clients, base: ServerBase, network: nn.Module, number: int, rng: torch.Generator
+) -> tuple[list[ClientUpdate], dict[str, Tensor]]:
+    """Have some clients train the global network, and average what they send.
+
+    Args:
+        clients: of which `base.cfg.active` are asked.
+        base: algorithm; its control variates move on.
+        network: global; read, not changed.
+        number: of the round.
+        rng: draws the clients.
+
+    Returns:
+        What came back, and the next state of the global network, on the CPU. Both are empty where
+        the round is void: it then leaves everything as it was.
+    """
+    cfg = base.cfg
+    active = clients.sample(cfg.active or clients.count, rng)
+    before, sizes = sent(network.state_dict()), clients.sizes()
+    beside, settings = base.offer(sizes)
+    expects = {"model": shapes(returned(network, cfg.bn_policy)), **base.expects()}
+    updates = clients.ask(
+        "train", number, active, {"model": before, **beside}, settings, expects=expects
+    )
+    return updates, base.aggregate(before, updates, sizes) if updates else {}

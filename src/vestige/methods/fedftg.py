@@ -11,7 +11,8 @@ networks that the active clients sent and n_k^y their label counts, in each roun
    - `diversity_weight` exp(-mean of |x_i - x_j| |z_i - z_j|^2) with x = G(z, y);
 3. then w takes `student_steps` steps towards sum_k a_k(y) softmax(D(x; w_k)) on the same x.
 The next round begins from the fine-tuned w, which is also what FedProx, SCAFFOLD and FedDyn refer
-to. G is kept over the rounds, the optimizers are not. `averaged` has w from before step 2.
+to. G is kept over the rounds, the optimizers are not. `averaged` has w from before step 2. The
+server works with single clients' networks, so what they send cannot be encrypted as a sum.
 
 Differs from the paper:
     Where the public code departs from the formulas, the formulas are the default and the code is
@@ -32,7 +33,6 @@ Cost per round: at each of K active clients, for each local step: S forward 1, b
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -41,14 +41,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vestige.core import modes, optim
-from vestige.core.federation import Clients, ClientUpdate, Payload, Settings, sent, shapes
+from vestige.core.federation import Clients, ClientUpdate, Payload, Settings, sent
 from vestige.core.protocols import Context, Sharded, Source, Stateful, Task, Teacher
 from vestige.core.types import Batch, Loss, Prediction, Requires, Result, Step, predict
 from vestige.federated.bases import BaseTraining, ServerBase
-from vestige.federated.labels import class_shares, label_prior, quota_labels, uniform_labels
-from vestige.federated.local import freeze_statistics, mean_loss, returned
-from vestige.federated.stacked import StackedNetworks
-from vestige.federated.trained import TrainingClient
+from vestige.federated.local import freeze_statistics, mean_loss
+from vestige.federated.stacked import ClientEnsemble
+from vestige.federated.trained import TrainingClient, train_round
 from vestige.losses.federated import (
     ensemble_discrepancy,
     ensemble_probabilities,
@@ -142,19 +141,6 @@ class FedFTGConfig(BaseTraining):
     chunk: int = Field(8, ge=1)
 
 
-@dataclass(frozen=True)
-class Ensemble:
-    """What the active clients of a round know.
-
-    Attributes:
-        networks: that they sent, in eval mode.
-        shares: a_k(y), (K, C); columns sum to 1, or to 0 where no client has the class.
-    """
-
-    networks: StackedNetworks
-    shares: Tensor
-
-
 class FedFTG:
     """Averages what clients have trained, and fine-tunes the average with their networks."""
 
@@ -175,12 +161,9 @@ class FedFTG:
         self.clients = cast(Clients, sources["clients"])
         self.client = TrainingClient(cfg, student, counts=True)
         self.base = ServerBase(cfg, student, self.clients.count)
+        form = {"latent_dim": cfg.latent_dim, "width": cfg.generator_width}
         self.generator = build_conditional_generator(
-            task.spec,
-            task.num_classes,
-            latent_dim=cfg.latent_dim,
-            width=cfg.generator_width,
-            head=cfg.generator_head,
+            task.spec, task.num_classes, **form, head=cfg.generator_head
         )
         self.averaged = copy.deepcopy(student).requires_grad_(False)
 
@@ -199,63 +182,36 @@ class FedFTG:
 
     def run(self, ctx: Context) -> Iterator[Step]:
         """Ask, average, fine-tune."""
-        cfg, clients = self.cfg, self.clients
-        expects = {
-            "model": shapes(returned(self.student, cfg.bn_policy)),
-            **self.base.expects(),
-        }
         modes.train_mode(self.student)
         self.generator.train()
-        if cfg.student_bn == "frozen":
+        if self.cfg.student_bn == "frozen":
             freeze_statistics(self.student)
-
-        for number in ctx.rounds("federated", cfg.rounds):
-            active = clients.sample(cfg.active or clients.count, ctx.rng)
-            model, _ = self.offer()
-            beside, settings = self.base.offer(clients.sizes())
-            updates = clients.ask(
-                "train", number, active, {**model, **beside}, settings, expects=expects
-            )
-            # A void round leaves everything as it was.
+        for number in ctx.rounds("federated", self.cfg.rounds):
+            updates, after = train_round(self.clients, self.base, self.student, number, ctx.rng)
             if not updates:
                 continue
-            after = self.base.aggregate(model["model"], updates, clients.sizes())
             self.student.load_state_dict(after)
             self.averaged.load_state_dict(after)
             yield ctx.took("student", mean_loss(updates))
-            yield from self.fine_tuning(ctx, number, updates)
+            if self.cfg.iterations:
+                yield from self.fine_tuning(ctx, number, updates)
 
-    def fine_tuning(
-        self, ctx: Context, number: int, updates: Sequence[ClientUpdate]
-    ) -> Iterator[Step]:
+    def fine_tuning(self, ctx: Context, number: int, updates: list[ClientUpdate]) -> Iterator[Step]:
         """The alternation of G and the global network, with optimizers of this round's own."""
         cfg = self.cfg
-        if not cfg.iterations:
-            return
-        ensemble = self.ensemble(updates, ctx.device)
-        rate = cfg.server_lr_decay**number
-        student_optimizer = ctx.optimizer(
-            "student",
-            [weight for weight in self.student.parameters() if weight.requires_grad],
-            optim.factory(
-                "sgd", rate * cfg.student_lr, momentum=0.0, weight_decay=cfg.student_weight_decay
-            ),
-            fresh=True,
-        )
-        generator_optimizer = ctx.optimizer(
-            "generator",
-            self.generator.parameters(),
-            optim.factory("adam", rate * cfg.generator_lr),
-            fresh=True,
-        )
-        everybody = range(len(updates))
-        turns = (
-            [everybody]
-            if cfg.generator_update == "joint"
-            else [everybody[k : k + 1] for k in everybody]
-        )
-        noise = ctx.generator("latent")
-        for labels in self.labels(updates, ctx).split(cfg.server_batch_size):
+        ensemble, rate = self.ensemble(updates, ctx.device), cfg.server_lr_decay**number
+        decay = cfg.student_weight_decay
+        sgd = optim.factory("sgd", rate * cfg.student_lr, momentum=0.0, weight_decay=decay)
+        weights = [weight for weight in self.student.parameters() if weight.requires_grad]
+        student_optimizer = ctx.optimizer("student", weights, sgd, fresh=True)
+        adam = optim.factory("adam", rate * cfg.generator_lr)
+        weights = list(self.generator.parameters())
+        generator_optimizer = ctx.optimizer("generator", weights, adam, fresh=True)
+        turns = ensemble.turns(one_by_one=cfg.generator_update == "sequential")
+        noise, rng = ctx.generator("latent"), ctx.generator("labels")
+        count, by_counts = cfg.iterations * cfg.server_batch_size, cfg.label_sampling == "counts"
+        drawn = ensemble.labels(count, rng, by_counts=by_counts)
+        for labels in drawn.split(cfg.server_batch_size):
             size = (len(labels), cfg.latent_dim)
             latent = torch.randn(size, generator=noise, device=ctx.device)
             batch = Batch(latent=latent, labels=labels)
@@ -263,78 +219,62 @@ class FedFTG:
                 for members in turns:
                     loss_fn = partial(self.generation, ensemble=ensemble, members=members)
                     yield ctx.update("source", self.generator, loss_fn, batch, generator_optimizer)
-            if cfg.student_steps:
-                lesson = self.lesson(batch, ensemble)
+            lesson = self.lesson(batch, ensemble) if cfg.student_steps else batch
             for _ in range(cfg.student_steps):
                 yield ctx.update("student", self.student, self.imitation, lesson, student_optimizer)
 
     def generation(
-        self, generator: Any, batch: Batch, *, ensemble: Ensemble, members: range
+        self, generator: Any, batch: Batch, *, ensemble: ClientEnsemble, members: range
     ) -> Loss:
         """Hard, clear and different fakes for `members`; minimised over G."""
-        cfg, shares = self.cfg, ensemble.shares[members.start : members.stop]
+        cfg, share = self.cfg, len(members) / ensemble.networks.count
+        shares = ensemble.shares[members.start : members.stop]
         latent, labels = cast(Tensor, batch.latent), cast(Tensor, batch.labels)
         inputs = self.as_inputs(generator(latent, labels))
         with modes.evaluating(self.student):
             answer = predict(self.student, inputs)
-        clients = ensemble.networks(inputs, members)
-        weights = shares[:, labels]
+        clients, weights = ensemble.networks(inputs, members), shares[:, labels]
         distance = ensemble_discrepancy(answer.logits, clients, weights, kind=cfg.discrepancy)
-        weighting = "per_sample" if cfg.class_weights_per_sample else "batch_mean"
+        form = "per_sample" if cfg.class_weights_per_sample else "batch_mean"
         terms = {
             "discrepancy": -batch.mean(distance),
-            "fidelity": weighted_ensemble_ce(clients, labels, shares, weighting=weighting),
-            # One term for the batch, whoever is asked: by parts where members come in turn.
-            "diversity": latent_diversity_loss(latent, inputs)
-            * (len(members) / ensemble.networks.count),
+            "fidelity": weighted_ensemble_ce(clients, labels, shares, weighting=form),
+            # One term for the batch: in parts, where members come in turn.
+            "diversity": share * latent_diversity_loss(latent, inputs),
         }
-        total = (
-            cfg.discrepancy_weight * terms["discrepancy"]
-            + cfg.fidelity_weight * terms["fidelity"]
-            + cfg.diversity_weight * terms["diversity"]
-        )
-        known = ensemble_probabilities(clients, weights)
-        return Loss(terms, total, inputs, _as_prediction(known), answer)
+        total = cfg.discrepancy_weight * terms["discrepancy"]
+        total = total + cfg.fidelity_weight * terms["fidelity"]
+        total = total + cfg.diversity_weight * terms["diversity"]
+        known = _as_prediction(ensemble_probabilities(clients, weights))
+        return Loss(terms, total, inputs, known if share == 1 else None, answer)
 
     @torch.no_grad()
-    def lesson(self, batch: Batch, ensemble: Ensemble) -> Batch:
+    def lesson(self, batch: Batch, ensemble: ClientEnsemble) -> Batch:
         """Fakes with what the clients say to them, each about the classes that it has."""
         labels = cast(Tensor, batch.labels)
         with modes.evaluating(self.generator):
             inputs = self.as_inputs(self.generator(batch.latent, labels))
-        target = ensemble_probabilities(ensemble.networks(inputs), ensemble.shares[:, labels])
-        return Batch(inputs, labels, extra={"target": target})
+        return Batch(inputs, labels, extra={"target": ensemble.probabilities(inputs, labels)})
 
     def imitation(self, student: Any, batch: Batch) -> Loss:
         """Soft cross-entropy with the clients' answers, minimised over the global network."""
         target = batch.extra["target"]
         answer = predict(student, batch.inputs)
         each = soft_cross_entropy(answer.logits, target, reduction=self.cfg.student_reduction)
-        distance = batch.mean(each)
-        terms = {"soft_cross_entropy": distance}
-        return Loss(terms, distance, batch.inputs, _as_prediction(target), answer)
+        terms = {"soft_cross_entropy": batch.mean(each)}
+        return Loss(
+            terms, terms["soft_cross_entropy"], batch.inputs, _as_prediction(target), answer
+        )
 
-    def ensemble(self, updates: Sequence[ClientUpdate], device: torch.device) -> Ensemble:
+    def ensemble(self, updates: Sequence[ClientUpdate], device: torch.device) -> ClientEnsemble:
         """The networks of this round's clients, and whom to believe about which class."""
-        # Form and statistics that a client kept to itself are those of the average.
-        networks = StackedNetworks(
+        return ClientEnsemble.of(
+            updates,
             self.averaged,
-            [update.arrays["model"] for update in updates],
+            by_counts=self.cfg.ensemble_weights == "counts",
             chunk=self.cfg.chunk,
             device=device,
         )
-        shares = class_shares(_counts(updates))
-        if self.cfg.ensemble_weights == "uniform":
-            shares = torch.full_like(shares, 1 / len(updates))
-        return Ensemble(networks, shares.to(device))
-
-    def labels(self, updates: Sequence[ClientUpdate], ctx: Context) -> Tensor:
-        """Classes of all fakes of a round, (iterations * server_batch_size,)."""
-        cfg, rng = self.cfg, ctx.generator("labels")
-        prior, count = label_prior(_counts(updates)), cfg.iterations * cfg.server_batch_size
-        if cfg.label_sampling == "uniform":
-            return uniform_labels(prior > 0, count, rng).to(ctx.device)
-        return quota_labels(prior, count, rng).to(ctx.device)
 
     def as_inputs(self, made: Tensor) -> Tensor:
         """G's output as inputs of the networks; differentiable."""
@@ -371,16 +311,10 @@ class FedFTG:
             "student_forward": n * (g + k),
             "student_backward": n * k,
             "student_backward_to_input": n * g,
-            "student_step": n * k,
+            # The clients' own step stands for a round without fine-tuning, as for their baselines.
+            "student_step": n * k or 1,
         }
-        # The clients' own step stands for a round without fine-tuning, as for their baselines.
-        return {name: float(count) for name, count in passes.items() if count} or {
-            "student_step": 1.0
-        }
-
-
-def _counts(updates: Sequence[ClientUpdate]) -> Tensor:
-    return torch.stack([update.counts for update in updates])
+        return {name: float(count) for name, count in passes.items()}
 
 
 def _as_prediction(probs: Tensor) -> Prediction:
