@@ -299,6 +299,7 @@ def _print_result(summary: dict[str, Any], folder: Path) -> None:
         *(
             "samples.png",
             "answers.png",
+            "clients.png",
             "report.html",
             "summary.json",
             "comparison.json",

@@ -202,6 +202,18 @@ class Federated(Protocol):
         ...
 
 
+@runtime_checkable
+class RefinesAverage(Protocol):
+    """A method whose server goes on where averaging ends.
+
+    Attributes:
+        averaged: the network that averaging gave in the last round, to be judged beside what the
+            server made of it.
+    """
+
+    averaged: nn.Module
+
+
 def shapes(arrays: Arrays) -> dict[str, tuple[int | None, ...]]:
     """The shapes of `arrays`, for `Clients.ask`."""
     return {name: tuple(value.shape) for name, value in arrays.items()}

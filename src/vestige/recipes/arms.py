@@ -18,6 +18,7 @@ from vestige.training.tracking import Callback
 _OF_THE_HEADLINE = (
     *("student.safetensors", "student.json", "samples.png", "samples-over-time.png"),
     *("evaluation.json", "answers.png", "metrics.jsonl", "selection.json", "selection.png"),
+    *("federated.json", "clients.png"),
 )
 CallbackFor = Callable[[str], Sequence[Callback]]
 

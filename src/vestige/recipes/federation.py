@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vestige.core import seeding
-from vestige.core.federation import ClientData, ClientUpdate, Federated
+from vestige.core.federation import ClientData, ClientUpdate, Federated, RefinesAverage
 from vestige.core.protocols import Progress, Source, Task
 from vestige.core.types import InputSpec
 from vestige.errors import DataError
@@ -31,6 +31,8 @@ from vestige.recipes.sources import Ledger, record_of
 
 # What a method leaves whose clients keep networks of their own.
 PERSONAL = "personal models"
+# The score of what averaging gave, where the server goes on from there.
+AVERAGED = "averaged"
 _LAST = 10
 
 
@@ -201,6 +203,8 @@ class Judging:
         method: Any = self.method
         personal = method.result().kind == PERSONAL
         scores = {} if self.alone is None or personal else dict(self.alone(network))
+        if scores and isinstance(method, RefinesAverage):
+            scores[AVERAGED] = self.alone(method.averaged)[self.task.metric]  # type: ignore[misc]
         self.latest = self.federation.judge(method, self.progress.round, self._asked())
         if self.latest:
             told = self._told()
@@ -256,7 +260,15 @@ class Judging:
             ],
             "scores": dict(self._told()) if self.latest else {},
             "last_rounds": {"rounds": len(last), self.task.metric: fmean(last)} if last else {},
+            "gain": self._gain(scores),
         }
+
+    def _gain(self, scores: Sequence[Mapping[str, float]]) -> float | None:
+        """What the server added to averaging, mean over the last evaluations."""
+        gains = [
+            one[self.task.metric] - one[AVERAGED] for one in scores[-_LAST:] if AVERAGED in one
+        ]
+        return fmean(gains) if gains else None
 
     def _holds(self) -> dict[str, Any]:
         load = self.federation.load_data
@@ -294,4 +306,5 @@ def brief(facts: Mapping[str, Any], metric: str) -> dict[str, Any]:
         "seconds": round(sum(asked), 3),
         **{f"client_{name}": value for name, value in facts["scores"].items()},
         "last_rounds": facts["last_rounds"].get(metric),
+        "gain": facts["gain"],
     }

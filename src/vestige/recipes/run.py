@@ -13,8 +13,8 @@ from vestige.core import parallel
 from vestige.errors import CheckpointError, Interrupted, RecipeError
 from vestige.recipes.build import Job, build
 from vestige.recipes.correctness import add_correctness
+from vestige.recipes.federation import PERSONAL, opened
 from vestige.recipes.federation import brief as brief_federation
-from vestige.recipes.federation import opened
 from vestige.recipes.files import read_yaml
 from vestige.recipes.schema import Recipe
 from vestige.recipes.sources import MADE_UP
@@ -25,6 +25,7 @@ from vestige.training.files import (
     LOCK,
     locked,
     read_json,
+    tensors_to_bytes,
     write_bytes,
     write_json,
 )
@@ -201,7 +202,11 @@ def finish(job: Job, outcome: Outcome, out: Path | None) -> dict[str, Any]:
         return summary
     if federated is not None:
         write_federation(out, federated)
-    if trained is not None:
+    kind = outcome.result.kind
+    if trained is not None and kind == "ensemble":
+        write_bytes(out / "ensemble.safetensors", tensors_to_bytes(trained.state_dict()))
+    # What clients keep for themselves lies with them, and the network beside it is only a part.
+    elif trained is not None and kind != PERSONAL:
         write_student(out, trained, job.facts.student_card)
         if job.details is not None:
             write_details(out, job.details(trained), outcome, job.task, job.classes)

@@ -93,7 +93,12 @@ class RunFacts:
 
 # Where a run's result lies in its folder, by kind; a network is the student.
 _STUDENT = "student.safetensors"
-_PATHS = {"pool": "pool", "texts": "synthetic.jsonl"}
+_PATHS = {
+    "pool": "pool",
+    "texts": "synthetic.jsonl",
+    "personal models": "clients",
+    "ensemble": "ensemble.safetensors",
+}
 
 
 def write_start(out: Path, facts: RunFacts) -> None:

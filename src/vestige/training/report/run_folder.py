@@ -76,9 +76,11 @@ def read_run(folder: Path, *, sub_run: bool = False) -> RunFolder:
     }
     # In a run that only gathers arms, these are the arms' own.
     gathers = bool(arms)
-    # Texts and audio are no picture.
     card = mapping(_read_json(folder / "student.json", [], needed=False).get("input"))
     unseen = card.get("kind", "image") != "image"
+    federation = _read_json(folder / "federated.json", notes, needed=False)
+    # Texts and audio are no picture, and clients show nothing of what they have.
+    unseen = unseen or bool(federation)
     recipe = _read(folder / "recipe.yaml", notes, needed=not sub_run)
     return RunFolder(
         name=folder.resolve().name,
@@ -98,7 +100,7 @@ def read_run(folder: Path, *, sub_run: bool = False) -> RunFolder:
         texts=_read_json(folder / "synthetic.json", notes, needed=False),
         provenance=_read_json(folder / "provenance.json", notes, needed=False),
         readings=_read_json(folder / "readings.json", notes, needed=False),
-        federation=_read_json(folder / "federated.json", notes, needed=False),
+        federation=federation,
     )
 
 
