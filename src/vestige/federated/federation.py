@@ -3,8 +3,8 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,6 +77,7 @@ class Federation:
         timeout_s: that clients have for an answer; None waits for all of them.
         least: valid answers that make a round.
         device: where clients compute.
+        waiting: entered while other processes are waited for.
     """
 
     origin = "client-private"
@@ -94,7 +95,9 @@ class Federation:
         timeout_s: float | None = None,
         least: int = 1,
         device: str = "cpu",
+        waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
+        self.waiting = waiting
         self.name, self.count, self.num_classes = name, count, num_classes
         self.engine, self.load_data, self.states = engine, load_data, states
         self.seed, self.timeout_s, self.least, self.device = seed, timeout_s, least, device
@@ -245,7 +248,8 @@ class Federation:
                     group_id=str(exchange.round),
                 )
             )
-        replies = list(self._grid.send_and_receive(messages, timeout=self.timeout_s))
+        with self.waiting():
+            replies = list(self._grid.send_and_receive(messages, timeout=self.timeout_s))
         updates: dict[int, ClientUpdate] = {}
         silent = set(asked.values())
         for reply in replies:
@@ -289,7 +293,9 @@ class Federation:
             )
             for node in new
         ]
-        for reply in _replies(self._grid, messages, self.timeout_s):
+        with self.waiting():
+            replies = list(self._grid.send_and_receive(messages, timeout=self.timeout_s))
+        for reply in replies:
             node = reply.metadata.src_node_id
             try:
                 if reply.has_error():
@@ -342,8 +348,3 @@ class Federation:
         self.exchanges = [Exchange(**one) for one in state["exchanges"]]
         self.leaves, self.numbers = dict(state["leaves"]), set(state["numbers"])
         self.holds = {int(number): size for number, size in state["holds"].items()}
-
-
-def _replies(grid: Any, messages: Sequence[Any], timeout_s: float | None) -> Iterable[Any]:
-    found: Iterable[Any] = grid.send_and_receive(messages, timeout=timeout_s)
-    return found

@@ -3,8 +3,9 @@
 import logging
 import os
 import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from queue import Empty, Queue
 from typing import Any
@@ -17,6 +18,9 @@ QUIET = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+
+
+_POLL_S = 0.01
 
 
 def keep_quiet() -> None:
@@ -82,10 +86,56 @@ def on_ray(
     thread = threading.Thread(target=simulate, name="flower-simulation", daemon=True)
     thread.start()
     try:
-        yield _waited(grids, failures, thread)
+        yield _Watched(_waited(grids, failures, thread), failures, thread)
     finally:
         done.set()
         thread.join(timeout=60)
+
+
+class _Watched:
+    """A grid that says so when nobody is left who could answer; else everybody would wait for ever.
+
+    Args:
+        grid: of Flower.
+        failures: gets what ended the simulation.
+        thread: that runs it.
+    """
+
+    def __init__(
+        self, grid: Any, failures: "Queue[BaseException]", thread: threading.Thread
+    ) -> None:
+        self._grid, self._failures, self._thread = grid, failures, thread
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The virtual nodes."""
+        found: Iterable[int] = self._grid.get_node_ids()
+        return found
+
+    def send_and_receive(
+        self, messages: Iterable[Any], *, timeout: float | None = None
+    ) -> list[Any]:
+        """Replies so far when all are there or the time is over, as of Flower's own grids.
+
+        Raises:
+            ProcessError: the simulation broke down.
+        """
+        waiting = set(self._grid.push_messages(messages))
+        ends = None if timeout is None else time.monotonic() + timeout
+        replies: list[Any] = []
+        while waiting:
+            found = list(self._grid.pull_messages(waiting))
+            replies += found
+            waiting -= {reply.metadata.reply_to_message_id for reply in found}
+            if not waiting or (ends is not None and time.monotonic() > ends):
+                break
+            if not self._thread.is_alive():
+                told = "" if self._failures.empty() else f" ({self._failures.get()})"
+                raise ProcessError(
+                    f"the simulation on Ray broke down{told}; --resume goes on from the last "
+                    "checkpoint, federation.engine=in-process goes on without Ray"
+                )
+            time.sleep(_POLL_S)
+        return replies
 
 
 def _waited(grids: "Queue[Any]", failures: "Queue[BaseException]", thread: threading.Thread) -> Any:

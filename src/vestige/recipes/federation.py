@@ -1,7 +1,7 @@
 """The clients that a recipe names: who holds what, on which engine, and how they are judged."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from vestige.recipes.catalog import DATA
 from vestige.recipes.examples import fit_classes
 from vestige.recipes.schema import Recipe, SourceConfig
 from vestige.recipes.sources import Ledger, record_of
+from vestige.training import guard
 
 # What a method leaves whose clients keep networks of their own.
 PERSONAL = "personal models"
@@ -158,6 +159,8 @@ def open_clients(
         timeout_s=settings.timeout_s,
         least=settings.least,
         device="cuda" if settings.client_gpus > 0 else "cpu",
+        # Threads of Flower and Ray open files of their own; the method itself stands still then.
+        waiting=nullcontext if settings.engine == "in-process" else guard.pausing,
     )
 
 
