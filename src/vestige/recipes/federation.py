@@ -150,13 +150,17 @@ def open_clients(
         num_classes,
         engine=engine_of(settings),
         load_data=simulated,
-        # The newest checkpoint may be broken, and the one before it is gone back to.
-        states=ClientStates(folder, keep=4 * recipe.trainer.checkpoint_every),
+        states=ClientStates(folder, keep=kept_rounds(recipe)),
         seed=recipe.seed,
         timeout_s=settings.timeout_s,
         least=settings.least,
         device="cuda" if settings.client_gpus > 0 else "cpu",
     )
+
+
+def kept_rounds(recipe: Recipe) -> int:
+    """How far back clients can go: the newest checkpoint may be broken, then an older one serves."""
+    return 4 * recipe.trainer.checkpoint_every
 
 
 def federation_of(sources: Mapping[str, Source]) -> Federation | None:
@@ -236,10 +240,11 @@ class Judging:
         """
         federation = self.federation
         last = [one[self.task.metric] for one in scores[-_LAST:] if self.task.metric in one]
+        simulated = isinstance(federation.load_data, SimulatedClients)
         return {
             "schema": 1,
             "protocol": records.PROTOCOL,
-            "engine": settings.engine,
+            "engine": settings.engine if simulated else "deployment",
             "clients": federation.count,
             "holds": self._holds(),
             "rounds": [vars(one) for one in federation.exchanges],
