@@ -132,8 +132,8 @@ def _of_recipe(name_or_path: str, preset: str | None, package: str) -> dict[str,
     network = chosen.student
     if chosen.input is None or chosen.num_classes is None or clients.partition is None:
         raise RecipeError(
-            f"--recipe: {name_or_path} lacks input, num_classes or the clients' partition, expected "
-            "all three, since server and clients must agree on them; add them to the recipe"
+            f"--recipe: {name_or_path} lacks input, num_classes or the clients' partition, "
+            "expected all three, since server and clients must agree on them; add them to it"
         )
     if network is None or network.name is None:
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""A recipe between real machines: the server's half and a client's half, as Flower's apps call them.
+"""A recipe between real machines: the server's half and a client's half, as called by Flower.
 
 Both read the same recipe, so both know the method and the form of the network. What the recipe says
 of the clients' data describes the simulation (`vestige run`); here each client brings its own and
@@ -207,9 +207,7 @@ def nobody(partition: int, count: int) -> ClientData:
 
 
 @cache
-def _client_of(
-    recipe: Path, config: tuple[tuple[str, str], ...], count: int
-) -> tuple[Client, int]:
+def _client_of(recipe: Path, config: tuple[tuple[str, str], ...], count: int) -> tuple[Client, int]:
     chosen = deployed_recipe(recipe, dict(config))
     # Clients of one machine share its cores.
     if chosen.trainer.threads is not None:

@@ -159,7 +159,7 @@ def open_clients(
 
 
 def kept_rounds(recipe: Recipe) -> int:
-    """How far back clients can go: the newest checkpoint may be broken, then an older one serves."""
+    """How far back clients can go: an older checkpoint serves where the newest is broken."""
     return 4 * recipe.trainer.checkpoint_every
 
 
