@@ -75,7 +75,7 @@ def run_on_grid(grid: "Grid", context: "Context", recipe: Path) -> dict[str, Any
         on_nodes,
         # Flower opens certificates and the like in the middle of a run.
         grid=ServerGrid(grid, guard.pausing),
-        wait_s=float(config["wait-s"]),  # type: ignore[arg-type]
+        wait_s=float(config["wait-s"]),
         least=settings.least,
     )
     federation = Federation(
