@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from vestige.cli import main as cli
-from vestige.errors import RecipeError
+from vestige.errors import Interrupted, ProcessError, RecipeError
+from vestige.federated.federation import Federation
+from vestige.federated.grid import in_process
+from vestige.recipes.deployment import client_app as vestige_client_app
+from vestige.recipes.loading import load_recipe
+from vestige.recipes.run import run_recipe
 from vestige.training.files import read_json
 
 BIN = Path(sys.executable).parent
@@ -50,6 +57,7 @@ def test_the_folder_is_an_app_whose_parts_are_named_right(folder):
         "__init__.py",
         "client_app.py",
         "model.py",
+        "recipe.yaml",
         "server_app.py",
     }
     app = settings(folder)
@@ -131,137 +139,158 @@ def test_names_that_would_not_work_are_refused(tmp_path, name, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def in_process(nodes: int, client_app, config):
-    """A Flower grid that calls the client app in this process, and the reasons of failures."""
-    from flwr.app import Context, Error, Message, RecordDict
-    from flwr.serverapp import Grid
+def test_the_app_runs_the_recipe_that_is_named(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        read_text("fedavg")
+        .replace("method: fedavg", "method: fedgen")
+        .replace("clients: 4", "clients: 7")
+    )
+    folder = tmp_path / "wards"
+    assert init(folder, "--recipe", own, "--preset", "cpu").exit_code == 0
+    assert settings(folder)["config"]["clients"] == 7
+    chosen = load_recipe(folder / "wards" / "recipe.yaml")
+    assert chosen.method == "fedgen"
+    assert chosen.student is not None
+    assert chosen.student.factory == "wards.model:make_model"
+    assert "widths=[8, 16, 32]" in (folder / "wards" / "model.py").read_text()
 
-    contexts = {
-        node: Context(
-            run_id=7,
-            node_id=node,
-            node_config={"partition-id": node - 1, "num-partitions": nodes},
-            state=RecordDict(),
-            run_config=config,
-        )
-        for node in range(1, nodes + 1)
-    }
 
-    class InProcess(Grid):
-        failures: list[str]
-        run = None
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"kd": ""}, "expected one of kind 'clients'"),
+        (
+            {"student: {name: convnet, args: {widths: [8, 16, 32]}}": "student: {factory: a.b:c}"},
+            "put your own network into model.py",
+        ),
+        ({"num_classes: 10": ""}, "num_classes"),
+    ],
+)
+def test_recipes_that_no_app_can_run_are_refused(tmp_path, changed, message):
+    recipe = "kd"
+    if "kd" not in changed:
+        text = read_text("fedavg")
+        for old, new in changed.items():
+            assert old in text
+            text = text.replace(old, new)
+        recipe = tmp_path / "own.yaml"
+        recipe.write_text(text)
+    refused = init(tmp_path / "wards", "--recipe", recipe)
+    assert isinstance(refused.exception, RecipeError)
+    assert message in str(refused.exception)
+    assert not (tmp_path / "wards").exists()
 
-        def set_run(self, run):
-            raise NotImplementedError
 
-        def create_message(self, content, message_type, dst_node_id, group_id, ttl=None):
-            raise NotImplementedError
-
-        def push_messages(self, messages):
-            raise NotImplementedError
-
-        def pull_messages(self, message_ids):
-            raise NotImplementedError
-
-        def get_node_ids(self):
-            return list(contexts)
-
-        def send_and_receive(self, messages, *, timeout=None):
-            for number, message in enumerate(messages):
-                message.metadata.__dict__["_message_id"] = str(number)
-                try:
-                    yield client_app(message, contexts[message.metadata.dst_node_id])
-                except ValueError as error:
-                    self.failures.append(str(error))
-                    yield Message(Error(code=0, reason=str(error)), reply_to=message)
-
-    grid = InProcess()
-    grid.failures = []
-    return grid
+def read_text(name):
+    return files("vestige.recipes").joinpath(f"{name}.yaml").read_text()
 
 
 @pytest.fixture
 def parts(folder, monkeypatch):
-    """The modules of a new app, and its settings, for a run of seconds."""
+    """The client's and the server's module of a new app, and its run config."""
     pytest.importorskip("flwr")
-    from flwr.supercore.task_identity import TaskIdentity
-
-    for name in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
     monkeypatch.syspath_prepend(folder)
     names = ("client_app", "server_app", "model")
-    yield (
-        *(importlib.import_module(f"my_clients.{name}") for name in names),
-        {**settings(folder)["config"], "rounds": 4, "distill-rounds": 2, "distill-iterations": 15},
-    )
+    client, server, _ = (importlib.import_module(f"my_clients.{name}") for name in names)
+    yield client, server, dict(settings(folder)["config"])
     for name in ("my_clients", *(f"my_clients.{name}" for name in names)):
         sys.modules.pop(name)
 
 
-def test_clients_share_out_the_digits_and_see_different_labels(parts):
-    client, _, model, config = parts
-    shares = [client.load_data(part, 3, config) for part in range(3)]
-    counts = torch.stack([labels.bincount(minlength=10) for _, labels in shares])
-    assert counts.sum() == 1168
-    together = torch.cat([inputs.flatten(1) for inputs, _ in shares])
-    assert len(together.unique(dim=0)) >= 1160
-    even = client.load_data(0, 3, {**config, "dirichlet-alpha": 1e6})[1].bincount(minlength=10)
-    spread = (counts / counts.sum(0)).std()
-    assert spread > 0.15
-    assert (even / counts.sum(0) - 1 / 3).abs().max() < 0.01
-    inputs, labels = shares[0]
-    assert inputs.shape[1:] == model.SPEC.shape
-    client.check(inputs, labels)
-    client.check(inputs[:0], labels[:0])
-    with pytest.raises(ValueError, match="labels from 10 to 10, expected 0 to 9"):
-        client.check(inputs[:2], torch.tensor([10, 10]))
-    with pytest.raises(ValueError, match=r"inputs \(2, 1, 8, 16\) .* expected \(N, 1, 16, 16\)"):
-        client.check(inputs[:2, :, :8], labels[:2])
-
-
-def test_the_app_averages_then_distils(parts, monkeypatch, tmp_path):
+def served(parts, count, *, run_id, node=None, **config):
+    """Run the app's server with its own clients in this process; the run folder."""
     from flwr.app import Context, RecordDict
 
-    client, server, model, config = parts
-    context = Context(run_id=7, node_id=0, node_config={}, state=RecordDict(), run_config=config)
-    grid = in_process(3, client.app, config)
-    deal = client.load_data
+    client, server, known = parts
+    known |= {"clients": count, **config}
 
-    def one_is_wrong(partition_id, num_partitions, given):
-        inputs, labels = deal(partition_id, num_partitions, given)
-        return inputs, labels + 10 * (partition_id == 2)
+    def answer(message, context):
+        # As Flower hands it to a client: the run config of the server, the site's own node config.
+        context.run_config, context.run_id = known, run_id
+        context.node_config |= node or {}
+        return client.app(message, context)
 
-    monkeypatch.setattr(client, "load_data", one_is_wrong)
-    server.app(grid, context)
-    # The client whose labels are no classes is left out, and the rounds go on.
-    assert len(grid.failures) == 4
-    assert all("expected 0 to 9" in failure for failure in grid.failures)
-    out = Path(config["out"]) / "run-7"
-    network, test = model.make_model(), server.load_test()
-    network.load_state_dict(load_file(out / "global_model.safetensors"))
-    assert test[1].bincount().tolist() == [50] * 10
-    assert server.accuracy(network, *test) >= 0.8
-    summary = read_json(out / "student" / "summary.json")
-    assert summary["teacher"]["score"] == pytest.approx(server.accuracy(network, *test))
-    assert summary["student"]["score"] >= 0.4
-    assert summary["student"]["parameters"] < summary["teacher"]["parameters"] / 5
-    # The test set judges; nothing else was read.
-    assert {read["purpose"] for read in summary["real_data"]} == {"evaluation"}
-    assert read_json(out / "student" / "student.json")["weights"] == "student.safetensors"
-    student = model.make_student()
-    student.load_state_dict(load_file(out / "student" / "student.safetensors"))
-    assert server.accuracy(student, *test) == pytest.approx(summary["student"]["score"])
+    context = Context(
+        run_id=run_id, node_id=0, node_config={}, state=RecordDict(), run_config=known
+    )
+    with in_process(answer, count) as grid:
+        server.app(grid, context)
+    return Path(known["out"]) / f"run-{config.get('resume') or run_id}"
 
 
-def test_a_run_without_a_model_fails_and_says_so(parts, monkeypatch):
+def test_the_app_learns_what_the_simulation_of_its_recipe_learns(
+    parts, folder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("VESTIGE_CACHE", str(tmp_path / "cache"))
+    changes = ("config.rounds=2", "config.base=feddyn", "config.local_epochs=1")
+    out = served(parts, 3, run_id=7, set=" ".join(changes))
+    count = "sources.clients.partition.clients=3"
+    recipe = load_recipe(folder / "my_clients" / "recipe.yaml", overrides=[count, *changes])
+    run_recipe(recipe, tmp_path / "simulated")
+    there, here = (
+        load_file(where / "student.safetensors") for where in (out, tmp_path / "simulated")
+    )
+    assert all(torch.equal(there[name], value) for name, value in here.items())
+    # What FedDyn keeps lies at the clients, not with the server.
+    kept = tmp_path / "cache" / "clients" / "run-7"
+    assert [one.name for one in sorted(kept.iterdir())] == ["000000", "000001", "000002"]
+    assert not (out / "clients").exists()
+    federated = read_json(out / "federated.json")
+    assert federated["engine"] == "deployment"
+    assert sum(federated["holds"]["sizes"]) == 1168
+
+
+def test_a_run_goes_on_where_an_earlier_one_stopped(parts, tmp_path, monkeypatch):
+    monkeypatch.setenv("VESTIGE_CACHE", str(tmp_path / "cache"))
+    base = "config.base=scaffold config.client_momentum=0 config.local_epochs=1 config.rounds=3"
+    whole = served(parts, 2, run_id=1, set=base)
+    ask, asked = Federation.ask, []
+
+    def stopping(self, kind, round, *given, **named):
+        asked.append(round)
+        if round == 2 and len(asked) == 3:
+            raise KeyboardInterrupt
+        return ask(self, kind, round, *given, **named)
+
+    monkeypatch.setattr(Federation, "ask", stopping)
+    with pytest.raises(Interrupted):
+        served(parts, 2, run_id=2, set=f"{base} trainer.checkpoint_every=1")
+    done = served(parts, 2, run_id=3, resume="2", set=f"{base} trainer.checkpoint_every=1")
+    assert asked == [0, 1, 2, 2]
+    expected = load_file(whole / "student.safetensors")
+    found = load_file(done / "student.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_client_whose_data_is_wrong_is_left_out(parts, tmp_path, monkeypatch):
+    client, _, _ = parts
+    monkeypatch.setenv("VESTIGE_CACHE", str(tmp_path / "cache"))
+    right = client.load_data
+
+    def one_is_wrong(partition, count):
+        data = right(partition, count)
+        return replace(data, labels=data.labels + 10 * (partition == 1))
+
+    wrong = vestige_client_app(client.RECIPE, one_is_wrong)
+    monkeypatch.setattr(client, "app", wrong)
+    out = served(parts, 2, run_id=9, set="config.rounds=1 config.local_epochs=1")
+    (only,) = read_json(out / "federated.json")["rounds"]
+    assert only["answered"] == 1
+    assert only["asked"] == 2
+
+
+def test_too_few_clients_end_a_run_with_a_plain_word(parts):
     from flwr.app import Context, RecordDict
 
-    client, server, _, config = parts
+    _, server, config = parts
+    config |= {"clients": 3, "wait-s": 0, "set": "federation.least=3"}
     context = Context(run_id=8, node_id=0, node_config={}, state=RecordDict(), run_config=config)
-    empty = torch.zeros(2, 1, 16, 16), torch.tensor([10, 11])
-    monkeypatch.setattr(client, "load_data", lambda *given: empty)
-    with pytest.raises(RuntimeError, match="no client returned a model"):
-        server.app(in_process(2, client.app, config), context)
+    with (
+        in_process(lambda message, given: None, 2) as grid,
+        pytest.raises(ProcessError, match=r"got 2 connected clients .* at least 3"),
+    ):
+        server.app(grid, context)
 
 
 @pytest.mark.slow
@@ -302,7 +331,7 @@ def test_flower_runs_the_app_on_ray(folder, tmp_path):
             [
                 *(BIN / "flwr", "run", ".", "here", "--stream"),
                 *("--federation-config", "num-supernodes=2 client-resources-num-cpus=1"),
-                *("--run-config", "rounds=5 distill-rounds=4"),
+                *("--run-config", 'clients=2 set="config.rounds=3"'),
             ],
             cwd=folder,
             env=environment,
@@ -316,12 +345,9 @@ def test_flower_runs_the_app_on_ray(folder, tmp_path):
         server.wait(30)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
-    assert "Received 2 results and 0 failures" in said
+    assert "6 of 6 answers, 0 void rounds" in said
     (out,) = (folder / "results").iterdir()
-    summary = read_json(out / "student" / "summary.json")
-    assert summary["teacher"]["score"] >= 0.8, said
-    assert summary["student"]["score"] >= 0.5, said
-    assert f"student: {summary['student']['parameters']:,} parameters, accuracy" in said
+    assert read_json(out / "summary.json")["student"]["score"] >= 0.8, said
 
 
 def _wait_for(port):

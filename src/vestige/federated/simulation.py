@@ -6,7 +6,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import Empty, Queue
 from typing import Any
 
@@ -86,7 +86,7 @@ def on_ray(
     thread = threading.Thread(target=simulate, name="flower-simulation", daemon=True)
     thread.start()
     try:
-        yield _Watched(_waited(grids, failures, thread), failures, thread)
+        yield _Watched(_waited(grids, failures, thread, count), failures, thread)
     finally:
         done.set()
         thread.join(timeout=60)
@@ -138,16 +138,23 @@ class _Watched:
         return replies
 
 
-def _waited(grids: "Queue[Any]", failures: "Queue[BaseException]", thread: threading.Thread) -> Any:
-    while True:
-        try:
-            return grids.get(timeout=0.2)
-        except Empty:
-            if not failures.empty():
-                error = failures.get()
-                raise ProcessError(
-                    f"the simulation on Ray did not start ({type(error).__name__}: {error}); take "
-                    "federation.engine: in-process, or see what `ray status` says"
-                ) from error
-            if not thread.is_alive():
-                raise ProcessError("the simulation on Ray ended before it began") from None
+def _waited(
+    grids: "Queue[Any]", failures: "Queue[BaseException]", thread: threading.Thread, count: int
+) -> Any:
+    """The grid, once all its nodes are there: Flower hands it out before it has made them."""
+    grid = None
+    while grid is None or len(list(grid.get_node_ids())) < count:
+        if not failures.empty():
+            error = failures.get()
+            raise ProcessError(
+                f"the simulation on Ray did not start ({type(error).__name__}: {error}); take "
+                "federation.engine: in-process, or see what `ray status` says"
+            ) from error
+        if not thread.is_alive():
+            raise ProcessError("the simulation on Ray ended before it began")
+        if grid is None:
+            with suppress(Empty):
+                grid = grids.get(timeout=0.2)
+        else:
+            time.sleep(0.05)
+    return grid

@@ -22,6 +22,7 @@ from vestige.core.protocols import (
 )
 from vestige.core.types import Requires, count_parameters
 from vestige.errors import NoBatchNormError, RecipeError
+from vestige.federated.federation import Federation
 from vestige.recipes.catalog import DATA, METHODS, PLUGINS
 from vestige.recipes.examples import distorted, fit_classes
 from vestige.recipes.federation import Judging, federation_of, open_clients
@@ -76,6 +77,7 @@ def build(
     callbacks: Sequence[Callback] = (),
     command: str = "",
     arm: str = "",
+    federation: Federation | None = None,
 ) -> Job:
     """Load the teacher, build student, sources, method and plug-ins, and open the test data.
 
@@ -85,6 +87,7 @@ def build(
         callbacks: called with the run's events.
         command: for the run record.
         arm: name of the arm, for the run record.
+        federation: real clients in place of those that the recipe simulates.
 
     Raises:
         RecipeError: what the recipe says does not fit together.
@@ -105,7 +108,7 @@ def build(
         student = made.to(device)
     ledger = Ledger(arm or recipe.method)
     sources = {
-        name: open_clients(config, recipe, spec, task.num_classes, out, ledger)
+        name: federation or open_clients(config, recipe, spec, task.num_classes, out, ledger)
         if config.kind == "clients"
         else build_source(name, config, spec, recipe.seed, device, ledger)
         for name, config in recipe.sources.items()

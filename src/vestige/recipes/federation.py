@@ -153,8 +153,7 @@ def open_clients(
         num_classes,
         engine=engine_of(settings),
         load_data=simulated,
-        # The newest checkpoint may be broken, and the one before it is gone back to.
-        states=ClientStates(folder, keep=4 * recipe.trainer.checkpoint_every),
+        states=ClientStates(folder, keep=kept_rounds(recipe)),
         seed=recipe.seed,
         timeout_s=settings.timeout_s,
         least=settings.least,
@@ -162,6 +161,11 @@ def open_clients(
         # Threads of Flower and Ray open files of their own; the method itself stands still then.
         waiting=nullcontext if settings.engine == "in-process" else guard.pausing,
     )
+
+
+def kept_rounds(recipe: Recipe) -> int:
+    """How far back clients can go: an older checkpoint serves where the newest is broken."""
+    return 4 * recipe.trainer.checkpoint_every
 
 
 def federation_of(sources: Mapping[str, Source]) -> Federation | None:
@@ -243,10 +247,11 @@ class Judging:
         """
         federation = self.federation
         last = [one[self.task.metric] for one in scores[-_LAST:] if self.task.metric in one]
+        simulated = isinstance(federation.load_data, SimulatedClients)
         return {
             "schema": 1,
             "protocol": records.PROTOCOL,
-            "engine": settings.engine,
+            "engine": settings.engine if simulated else "deployment",
             "clients": federation.count,
             "holds": self._holds(),
             "rounds": [vars(one) for one in federation.exchanges],

@@ -11,6 +11,7 @@ from torch import nn
 
 from vestige.core import parallel
 from vestige.errors import CheckpointError, Interrupted, RecipeError
+from vestige.federated.federation import Federation
 from vestige.recipes.build import Job, build
 from vestige.recipes.correctness import add_correctness
 from vestige.recipes.federation import PERSONAL, opened
@@ -62,6 +63,7 @@ def run_recipe(
     arm: str = "",
     report: bool = True,
     built: Callable[[Job], None] = lambda job: None,
+    federation: Federation | None = None,
 ) -> dict[str, Any]:
     """The recipe's main run.
 
@@ -76,13 +78,16 @@ def run_recipe(
         arm: name of the arm, for the run record.
         report: whether to write report.html.
         built: called with what was built before it runs.
+        federation: real clients in place of those that the recipe simulates.
 
     Returns:
         The contents of summary.json.
     """
     parallel.first(partial(check_folder, out, resume=resume))
     check_same(recipe, out)
-    job = build(recipe, out=out, callbacks=callbacks, command=command, arm=arm)
+    job = build(
+        recipe, out=out, callbacks=callbacks, command=command, arm=arm, federation=federation
+    )
     whole = parallel.first(partial(_whole, job, out)) if resume else None
     if whole is not None:
         if report:
