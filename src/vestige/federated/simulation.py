@@ -59,9 +59,10 @@ def on_ray(
 
     server = ServerApp()
     server.main()(main)
-    init: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
-    if address is not None:
-        init = {"address": address, "log_to_driver": False}
+    # "local": without an address Ray would join whatever cluster was last started here.
+    init: dict[str, Any] = {"address": address or "local", "log_to_driver": False}
+    if address is None:
+        init["include_dashboard"] = False
 
     def simulate() -> None:
         try:
