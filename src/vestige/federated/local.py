@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from vestige.core import modes
 from vestige.core.federation import Arrays, ClientData, ClientUpdate, Payload, sent
 from vestige.core.types import Loss, predict
 
@@ -156,7 +157,7 @@ def descend(
         correction: as there.
     """
     named = trained(network)
-    network.train()
+    modes.train_mode(network)
     if cfg.bn_policy == "frozen":
         freeze_statistics(network)
     total = torch.zeros((), device=data.inputs.device)

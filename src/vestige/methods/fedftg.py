@@ -371,12 +371,10 @@ class FedFTG:
             "student_forward": n * (g + k),
             "student_backward": n * k,
             "student_backward_to_input": n * g,
-            "student_step": n * k,
+            # One more for what the clients did.
+            "student_step": n * k + 1,
         }
-        # The clients' own step stands for a round without fine-tuning, as for their baselines.
-        return {name: float(count) for name, count in passes.items() if count} or {
-            "student_step": 1.0
-        }
+        return {name: float(count) for name, count in passes.items() if count}
 
 
 def _counts(updates: Sequence[ClientUpdate]) -> Tensor:
