@@ -721,7 +721,7 @@ def test_a_frozen_batchnorm_of_the_student_stays_frozen(
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_passes_are_what_hooks_count(name, options, tiny_teacher, tiny_student):
-    # Passes are those of a round of the student's loop, which a warm-up precedes and tuning follows.
+    # Passes are those of a round of the student's loop; a warm-up precedes it, tuning follows.
     shorter = {**options, "warmup": 0, "tune_epochs": 0}
     job = assemble(name, shorter, tiny_teacher, tiny_student)
     if not job.method.passes(job.cfg):
