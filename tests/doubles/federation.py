@@ -29,6 +29,9 @@ class DirectClients:
         self.client: Client | None = None
         self.states: dict[int, Payload] = {}
         self.asked: list[Ask] = []
+        # What clients had before each asking, so that a run can go back to it.
+        self.before: dict[tuple[int, int], dict[int, Payload]] = {}
+        self.turn = (-1, -1)
 
     def sizes(self) -> Tensor:
         return torch.tensor([len(part) for part in self.parts])
@@ -48,6 +51,8 @@ class DirectClients:
         each: Mapping[int, Payload] | None = None,
     ) -> list[ClientUpdate]:
         assert self.client is not None
+        self.turn = (round, self.turn[1] + 1 if round == self.turn[0] else 0)
+        self.states = dict(self.before.setdefault(self.turn, dict(self.states)))
         found = []
         for partition in partitions:
             seed = seeding.derive(self.seed, f"client {partition}/{round}/{kind}")

@@ -144,7 +144,9 @@ def _cell(
         run_recipe(run, folder, resume=resume, arm=arm, report=False)
     summary: dict[str, Any] = json.loads(done.read_text(encoding="utf8"))
     score = measured(summary, SCORE)
-    told = "no student" if score is None else f"{score:.1%} of {summary['teacher']['score']:.1%}"
+    taught = measured(summary, "teacher.score")
+    of = "" if taught is None else f" of {taught:.1%}"
+    told = "no student" if score is None else f"{score:.1%}{of}"
     echo(f"{folder}: {told} in {summary['seconds']:.0f} s")
     return summary
 

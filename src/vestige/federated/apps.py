@@ -1,8 +1,8 @@
 """The client's side of Flower: its data, its state, and what a method wants of it."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from vestige.core import seeding
 from vestige.core.federation import Answer, Ask, Client, ClientData, Payload
 from vestige.core.modes import evaluating
 from vestige.core.types import predict
-from vestige.errors import DataError, RejectedUpdateError, VestigeError
+from vestige.errors import DataError, RejectedUpdateError
 from vestige.federated import records
 from vestige.federated.states import ClientStates
 
@@ -20,9 +20,15 @@ if TYPE_CHECKING:
     from flwr.app import Context, Message, RecordDict
     from flwr.clientapp import ClientApp
 
+logger = logging.getLogger(__name__)
+
 EVALUATE, JOIN = "evaluate", "join"
+JUDGED = ("accuracy", "balanced_accuracy")
 # The data of one client, from its number and the number of all.
 LoadData = Callable[[int, int], ClientData]
+# Of each client that lives in this process, by number, number of all and device: its data, and what
+# gave it.
+_OPENED: dict[tuple[int, int, str], tuple[LoadData, ClientData]] = {}
 
 
 class ClientHost:
@@ -60,7 +66,7 @@ class ClientHost:
             before = (ask.round, turn)
             if kind == JOIN:
                 joined = Answer({}, 1, metrics={"holds": len(data)})
-                return records.write_answer(kind, partition, joined)
+                return records.write_answer(ask, joined)
             state = self.states.load(partition, before)
             with seeding.seeded(ask.seed, "client"):
                 if kind == EVALUATE:
@@ -71,11 +77,14 @@ class ClientHost:
                     answer = self.client.answer(ask, data, state)
             if answer.state is not None and answer.state:
                 self.states.save(partition, before, answer.state)
-            return records.write_answer(kind, partition, answer)
+            return records.write_answer(ask, answer)
         except RejectedUpdateError as error:
-            return records.write_refusal(kind, partition, error.reason)
-        except VestigeError as error:
-            return records.write_refusal(kind, partition, f"{type(error).__name__}: {error}")
+            reason, detail = error.reason, error.detail
+        except Exception as error:
+            reason, detail = f"{type(error).__name__} at the client", str(error)
+        # What is wrong in detail may name files or values of the data, so it stays here.
+        logger.warning("client %d refused: %s (%s)", partition, reason, detail)
+        return records.write_refusal(kind, partition, reason)
 
     def _data(self, partition: int, count: int) -> ClientData:
         return _opened(self.load_data, partition, count, self.device)
@@ -146,9 +155,14 @@ def checked(data: ClientData) -> ClientData:
     return data
 
 
-@cache
 def _opened(load_data: LoadData, partition: int, count: int, device: str) -> ClientData:
     """The data of a client, checked, on its device; opened once in a process."""
+    key = (partition, count, device)
+    if key in _OPENED:
+        giver, data = _OPENED[key]
+        # By equality: each message brings a copy, which need not be hashable.
+        if giver is load_data or giver == load_data:
+            return data
     try:
         data = checked(load_data(partition, count))
     except (OSError, DataError) as error:
@@ -157,4 +171,6 @@ def _opened(load_data: LoadData, partition: int, count: int, device: str) -> Cli
         name: getattr(data, name).to(device)
         for name in ("inputs", "labels", "test_inputs", "test_labels")
     }
-    return replace(data, **moved)
+    data = replace(data, **moved)
+    _OPENED[key] = load_data, data
+    return data

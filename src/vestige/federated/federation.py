@@ -1,33 +1,18 @@
-"""All clients of a run as its method sees them: whom to ask, what came back, what was refused."""
+"""All clients of a run as its method sees them, on an engine that carries messages."""
 
-import logging
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from vestige.core import seeding
-from vestige.core.federation import (
-    Client,
-    ClientUpdate,
-    Federated,
-    Payload,
-    Settings,
-    Shapes,
-)
+from vestige.core.federation import Client, ClientUpdate, Federated, Payload, Settings, Shapes
 from vestige.core.types import Inputs
-from vestige.errors import ContractError, ProcessError, RejectedUpdateError
-from vestige.federated import records
-from vestige.federated.apps import EVALUATE, JOIN, ClientHost, LoadData, client_app
+from vestige.errors import ContractError
+from vestige.federated.apps import EVALUATE, JUDGED, ClientHost, LoadData, client_app
+from vestige.federated.roster import Asked, Exchange, Roster
 from vestige.federated.states import ClientStates
-
-logger = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -36,34 +21,7 @@ class Engine(Protocol):
     def __call__(self, app: Any, count: int, /) -> AbstractContextManager[Any]: ...
 
 
-@dataclass
-class Exchange:
-    """One asking of clients, for the record of the run.
-
-    Attributes:
-        round: from 0.
-        kind: of the ask.
-        asked: clients that were asked.
-        answered: whose answers were valid.
-        rejected: how many by reason; those that did not answer in time are among them.
-        void: whether there were too few.
-        bytes_down: to all clients.
-        bytes_up: from all clients, what was rejected included.
-        seconds: from the first byte to the last answer.
-    """
-
-    round: int
-    kind: str
-    asked: int
-    answered: int = 0
-    rejected: dict[str, int] = field(default_factory=dict)
-    void: bool = False
-    bytes_down: int = 0
-    bytes_up: int = 0
-    seconds: float = 0.0
-
-
-class Federation:
+class Federation(Roster):
     """The `Clients` of `core.federation` on a grid of Flower.
 
     Args:
@@ -97,19 +55,12 @@ class Federation:
         device: str = "cpu",
         waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
+        super().__init__(count, num_classes, seed=seed, least=least)
+        self.name, self.engine, self.load_data, self.states = name, engine, load_data, states
+        self.timeout_s, self.device = timeout_s, device
         self.waiting = waiting
-        self.name, self.count, self.num_classes = name, count, num_classes
-        self.engine, self.load_data, self.states = engine, load_data, states
-        self.seed, self.timeout_s, self.least, self.device = seed, timeout_s, least, device
         # Clients of one process with the server read their own states while it runs.
         self.paths: tuple[Path, ...] = (states.folder,)
-        self.exchanges: list[Exchange] = []
-        # What leaves clients: by kind and group, the number of arrays and their bytes.
-        self.leaves: dict[str, dict[str, Any]] = {}
-        self.numbers: set[str] = set()
-        self.holds: dict[int, int] = {}
-        self.nodes: dict[int, int] = {}
-        self._strange: set[int] = set()
         self._grid: Any = None
         self._turn = (-1, -1)
 
@@ -140,17 +91,7 @@ class Federation:
                 yield
             finally:
                 self._grid = None
-                self.nodes.clear()
-                self._strange.clear()
-
-    def sizes(self) -> Tensor:
-        """Examples that each client says it has, (N,), int64; 0 of those that were never met."""
-        return torch.tensor([self.holds.get(number, 0) for number in range(self.count)])
-
-    def sample(self, count: int, rng: torch.Generator) -> list[int]:
-        """`count` clients without replacement, uniformly, in ascending order."""
-        order = torch.randperm(self.count, generator=rng, device=rng.device)
-        return sorted(order[:count].tolist())
+                self.forget()
 
     def ask(
         self,
@@ -167,33 +108,23 @@ class Federation:
         self._meet()
         last, turn = self._turn
         self._turn = (round, turn + 1 if round == last else 0)
-        exchange = Exchange(round, kind, len(partitions))
-        updates = self._exchange(
-            exchange, "train", partitions, arrays, settings or {}, each or {}, expects
+        asked = self.written(
+            Exchange(round, kind, len(partitions)),
+            "train",
+            partitions,
+            arrays,
+            settings or {},
+            expects=expects,
+            each=each,
+            turn=self._turn[1],
         )
-        self.exchanges.append(exchange)
-        exchange.answered = len(updates)
-        exchange.void = len(updates) < self.least
-        if exchange.void:
-            logger.warning(
-                "round %d is void: %d of %d clients gave a valid answer, %d are needed (%s); the "
-                "global network stays as it was",
-                round + 1,
-                len(updates),
-                len(partitions),
-                self.least,
-                ", ".join(f"{reason} {n}" for reason, n in exchange.rejected.items()) or "none",
-            )
-            return []
-        self._note(kind, updates)
-        return updates
+        return self.closed(asked, self._answers(asked))
 
-    def judge(self, method: Federated, round: int, partitions: Sequence[int]) -> list[ClientUpdate]:
+    def judge(self, method: Federated, partitions: Sequence[int]) -> list[ClientUpdate]:
         """Let clients test the network that each would use now on its own held-out part.
 
         Args:
             method: says what they are sent.
-            round: number of rounds that are over.
             partitions: whom.
 
         Returns:
@@ -202,149 +133,24 @@ class Federation:
         """
         self._meet()
         arrays, settings = method.offer()
-        self._turn = (round, -1)
+        # Behind all that was asked, in whichever loop of the method, so that a client finds what it
+        # kept the last time.
+        round = self.exchanges[-1].round + 1 if self.exchanges else 0
         exchange = Exchange(round, EVALUATE, len(partitions))
-        return self._exchange(exchange, "evaluate", partitions, arrays, settings, {}, {})
+        asked = self.written(
+            exchange, "evaluate", partitions, arrays, settings, expects={}, numbers=JUDGED
+        )
+        updates = self._answers(asked)
+        self.note(EVALUATE, updates)
+        return updates
 
-    def _exchange(
-        self,
-        exchange: Exchange,
-        message_type: str,
-        partitions: Sequence[int],
-        arrays: Payload,
-        settings: Settings,
-        each: Mapping[int, Payload],
-        expects: Shapes,
-    ) -> list[ClientUpdate]:
-        from flwr.app import Message, RecordDict
-
-        if self._grid is None:
-            raise ContractError("clients were asked before the federation was opened")
-        began, messages, down = time.perf_counter(), [], 0
-        common = {group: records.array_record(values) for group, values in arrays.items()}
-        # Counted once: it is the same for every client.
-        weight = records.size_of(RecordDict(common)) if common else 0
-        rejected: Counter[str] = Counter()
-        asked: dict[int, int] = {}
-        for partition in partitions:
-            node = self.nodes.get(partition)
-            if node is None:
-                rejected["not connected"] += 1
-                continue
-            seed = seeding.derive(self.seed, f"client {partition}/{exchange.round}/{exchange.kind}")
-            own = each.get(partition, {})
-            content = records.write_ask(
-                exchange.kind, exchange.round, max(0, self._turn[1]), seed, own, settings
-            )
-            down += weight + records.size_of(content)
-            for group, record in common.items():
-                content[group] = record
-            asked[node] = partition
-            messages.append(
-                Message(
-                    content=content,
-                    dst_node_id=node,
-                    message_type=message_type,
-                    group_id=str(exchange.round),
-                )
-            )
+    def _answers(self, asked: Asked) -> list[ClientUpdate]:
         with self.waiting():
-            replies = list(self._grid.send_and_receive(messages, timeout=self.timeout_s))
-        updates: dict[int, ClientUpdate] = {}
-        silent = set(asked.values())
-        for reply in replies:
-            partition = asked.get(reply.metadata.src_node_id, -1)
-            try:
-                if partition < 0:
-                    raise RejectedUpdateError("nobody asked")
-                if partition not in silent:
-                    # Neither can be told to be the right one, but the first was sound.
-                    raise RejectedUpdateError("answered twice", f"client {partition}")
-                silent.discard(partition)
-                if reply.has_error():
-                    raise RejectedUpdateError("failed", f"client {partition}: {reply.error.reason}")
-                exchange.bytes_up += records.size_of(reply.content)
-                updates[partition] = records.read_answer(
-                    reply.content, exchange.kind, partition, expects, self.num_classes
-                )
-            except RejectedUpdateError as error:
-                rejected[error.reason] += 1
-                logger.info("round %d, client %d: %s", exchange.round + 1, partition, error)
-        rejected.update({"no answer in time": len(silent)} if silent else {})
-        exchange.rejected = dict(sorted(rejected.items()))
-        exchange.bytes_down, exchange.seconds = down, time.perf_counter() - began
-        return [updates[partition] for partition in sorted(updates)]
+            replies = list(self._grid.send_and_receive(asked.messages, timeout=self.timeout_s))
+        return self.read(asked, replies)
 
     def _meet(self) -> None:
-        """Ask nodes that are new for their number; those that left are forgotten."""
-        from flwr.app import Message
-
-        present = set(self._grid.get_node_ids())
-        self.nodes = {number: node for number, node in self.nodes.items() if node in present}
-        new = sorted(present - set(self.nodes.values()) - self._strange)
-        if not new:
-            return
-        messages = [
-            Message(
-                content=records.write_ask(JOIN, 0, 0, 0, {}, {}),
-                dst_node_id=node,
-                message_type="query",
-                group_id=JOIN,
-            )
-            for node in new
-        ]
+        if self._grid is None:
+            raise ContractError("clients were asked before the federation was opened")
         with self.waiting():
-            replies = list(self._grid.send_and_receive(messages, timeout=self.timeout_s))
-        for reply in replies:
-            node = reply.metadata.src_node_id
-            try:
-                if reply.has_error():
-                    raise RejectedUpdateError("failed", reply.error.reason)
-                number = int(reply.content.metric_records[records.METRICS]["partition-id"])
-                found = records.read_answer(reply.content, JOIN, number, {}, self.num_classes)
-                if not 0 <= number < self.count or self.nodes.get(number, node) != node:
-                    raise RejectedUpdateError(
-                        "another client's number", f"{number} of {self.count}, or taken already"
-                    )
-                self.nodes[number] = node
-                self.holds[number] = int(found.metrics["holds"])
-            except (RejectedUpdateError, KeyError) as error:
-                self._strange.add(node)
-                logger.warning("a node was not let in: %s", error)
-        if not self.nodes:
-            raise ProcessError(
-                f"got {len(new)} nodes and none of them could be used, expected {self.count} "
-                "clients; see the warnings above"
-            )
-
-    def _note(self, kind: str, updates: Sequence[ClientUpdate]) -> None:
-        """What left the clients, once for each kind and group."""
-        for update in updates:
-            self.numbers.update(update.metrics)
-            groups = dict(update.arrays)
-            if bool(update.counts.any()):
-                groups[records.COUNTS] = {"counts": update.counts}
-            for group, values in groups.items():
-                size = sum(value.numel() * value.element_size() for value in values.values())
-                known = self.leaves.setdefault(
-                    f"{kind}/{group}",
-                    {"kind": kind, "group": group, "arrays": len(values), "bytes": 0},
-                )
-                known["bytes"] = max(known["bytes"], size)
-
-    # The record of the run
-
-    def state_dict(self) -> dict[str, Any]:
-        """What was asked and what came back so far."""
-        return {
-            "exchanges": [asdict(one) for one in self.exchanges],
-            "leaves": self.leaves,
-            "numbers": sorted(self.numbers),
-            "holds": {str(number): size for number, size in self.holds.items()},
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
-        self.exchanges = [Exchange(**one) for one in state["exchanges"]]
-        self.leaves, self.numbers = dict(state["leaves"]), set(state["numbers"])
-        self.holds = {int(number): size for number, size in state["holds"].items()}
+            self.meet(self._grid, self.timeout_s)

@@ -1,5 +1,6 @@
 """Training at one client: batches, the steps, and what a base algorithm adds to a gradient."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from vestige.core import modes
 from vestige.core.federation import Arrays, ClientData, ClientUpdate, Payload, sent
 from vestige.core.types import Loss, predict
 
@@ -156,7 +158,7 @@ def descend(
         correction: as there.
     """
     named = trained(network)
-    network.train()
+    modes.train_mode(network)
     if cfg.bn_policy == "frozen":
         freeze_statistics(network)
     total = torch.zeros((), device=data.inputs.device)
@@ -214,10 +216,14 @@ def own_statistics(network: nn.Module, policy: BatchNormPolicy) -> dict[str, dic
 
 
 def mean_loss(updates: Sequence[ClientUpdate]) -> Loss:
-    """The clients' mean losses by their examples, for the curves."""
-    total = sum(update.examples for update in updates)
-    terms = {
-        name: torch.tensor(sum(u.metrics[name] * u.examples for u in updates) / total)
-        for name in updates[0].metrics
-    }
-    return Loss(terms, torch.stack([*terms.values()]).sum())
+    """The clients' mean losses by their examples, for the curves.
+
+    Terms that no more than half of them tell are left out: they are not the method's.
+    """
+    told = Counter(name for update in updates for name in update.metrics)
+    terms = {}
+    for name in (name for name, times in told.items() if 2 * times > len(updates)):
+        parts = [(u.metrics[name], u.examples) for u in updates if name in u.metrics]
+        total = sum(examples for _, examples in parts)
+        terms[name] = torch.tensor(sum(value * examples for value, examples in parts) / total)
+    return Loss(terms, torch.stack([torch.zeros(()), *terms.values()]).sum())

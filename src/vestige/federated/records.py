@@ -3,10 +3,13 @@
 From the server: one array record for each group, and "config" with the number of the layout, kind,
 round, turn, seed and settings. From a client: one array record for each group, "metrics" with
 "num-examples", "partition-id" and the method's own numbers, "label-counts" where a method needs
-them, and "reply" with the number of the layout, the kind, and why it refused if it did.
+them, and "reply" with the number of the layout, the kind and round that it answers, and why it
+refused if it did.
 """
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +25,33 @@ if TYPE_CHECKING:
 PROTOCOL = 1
 CONFIG, METRICS, COUNTS, REPLY = "config", "metrics", "label-counts", "reply"
 _OWN = "setting."
+# Above, no count of examples is real, and sums of them would leave the 64 bits.
+MOST = 2**40
+_LONGEST_REASON = 80
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a client's answer must be.
+
+    Attributes:
+        kind: that was asked.
+        round: likewise.
+        partition: of the client that was asked.
+        shapes: `expects` of `Clients.ask`.
+        like: what was sent; arrays of the same group and name come back with its dtype.
+        numbers: metrics that must be there.
+        most: examples that it may speak for at most; None where that is not known.
+    """
+
+    kind: str
+    round: int
+    partition: int
+    shapes: Shapes = field(default_factory=dict)
+    like: Payload = field(default_factory=dict)
+    numbers: Collection[str] = ()
+    most: int | None = None
 
 
 def write_ask(
@@ -67,7 +97,7 @@ def read_ask(content: "RecordDict", partition: int, device: str) -> tuple[Ask, i
     return ask, int(config["turn"])
 
 
-def write_answer(kind: str, partition: int, answer: Answer) -> "RecordDict":
+def write_answer(ask: Ask, answer: Answer) -> "RecordDict":
     """All that leaves a client."""
     from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
@@ -76,9 +106,9 @@ def write_answer(kind: str, partition: int, answer: Answer) -> "RecordDict":
     if answer.counts is not None:
         found[COUNTS] = array_record({"counts": answer.counts})
     found[METRICS] = MetricRecord(
-        {"num-examples": answer.examples, "partition-id": partition, **metrics}
+        {"num-examples": answer.examples, "partition-id": ask.partition, **metrics}
     )
-    found[REPLY] = ConfigRecord({"protocol": PROTOCOL, "kind": kind})
+    found[REPLY] = ConfigRecord({"protocol": PROTOCOL, "kind": ask.kind, "server-round": ask.round})
     return RecordDict(found)
 
 
@@ -91,51 +121,60 @@ def write_refusal(kind: str, partition: int, reason: str) -> "RecordDict":
     return RecordDict({METRICS: metrics, REPLY: reply})
 
 
-def read_answer(
-    content: "RecordDict", kind: str, partition: int, expects: Shapes, num_classes: int
-) -> ClientUpdate:
+def partition_of(content: "RecordDict") -> int:
+    """The number that a client says it has.
+
+    Raises:
+        RejectedUpdateError: it says none.
+    """
+    number = content.metric_records.get(METRICS, {}).get("partition-id")
+    if not isinstance(number, int):
+        raise RejectedUpdateError("no client's number", f"got {number}, expected one from 0")
+    return number
+
+
+def read_answer(content: "RecordDict", expected: Expected, num_classes: int) -> ClientUpdate:
     """A client's answer, checked in every part.
 
     Args:
         content: as it came.
-        kind: that was asked.
-        partition: of the client that was asked.
-        expects: as of `Clients.ask`.
+        expected: what it must be.
         num_classes: C.
 
     Raises:
         RejectedUpdateError: it is not as it must be; its `reason` says in few words why.
     """
-    reply = content.config_records.get(REPLY, {})
-    check_protocol(reply.get("protocol"), f"client {partition}")
+    who, reply = expected.partition, content.config_records.get(REPLY, {})
+    check_protocol(reply.get("protocol"), f"client {who}")
     if "refused" in reply:
-        raise RejectedUpdateError(str(reply["refused"]), f"client {partition} refused")
+        # By a stranger: no longer than a line, however long it is.
+        said = str(reply["refused"])[:_LONGEST_REASON]
+        raise RejectedUpdateError(said, f"client {who} refused")
     metrics = dict(content.metric_records.get(METRICS, {}))
     own, examples = metrics.pop("partition-id", None), metrics.pop("num-examples", None)
-    _require(reply.get("kind") == kind, "another kind", partition, reply.get("kind"), kind)
-    _require(own == partition, "another client's answer", partition, own, partition)
-    _require(
-        isinstance(examples, int) and examples > 0, "no examples", partition, examples, "at least 1"
-    )
+    kind, answered = reply.get("kind"), reply.get("server-round")
+    _require(kind == expected.kind, "another kind", who, kind, expected.kind)
+    _require(answered == expected.round, "another round", who, answered, expected.round)
+    _require(own == who, "another client's answer", who, own, who)
+    _require(isinstance(examples, int) and examples > 0, "no examples", who, examples, "at least 1")
+    most = MOST if expected.most is None else expected.most
+    _require(examples <= most, "more examples than it has", who, examples, f"at most {most}")
     groups = {name: record for name, record in content.items() if name not in (METRICS, REPLY)}
-    counts = groups.pop(COUNTS, None)
-    _require(groups.keys() == expects.keys(), "unexpected keys", partition, [*groups], [*expects])
+    counts, shapes = groups.pop(COUNTS, None), expected.shapes
+    _require(groups.keys() == shapes.keys(), "unexpected keys", who, [*groups], [*shapes])
+    missing = sorted(set(expected.numbers) - metrics.keys())
+    _require(not missing, "unexpected keys", who, [*metrics], [*expected.numbers])
     arrays = {
-        group: _checked(group, read_arrays(record), expects[group], partition)
+        group: _checked(group, read_arrays(record), shapes[group], expected)
         for group, record in groups.items()
     }
     numbers = {}
     for name, value in metrics.items():
-        sound = isinstance(value, int | float) and np.isfinite(value)
-        _require(sound, "numbers that are not finite", partition, {name: value}, "finite numbers")
+        # An integer may be too large for a float.
+        sound = isinstance(value, int | float) and abs(value) <= sys.float_info.max
+        _require(sound, "numbers that are not finite", who, name, "finite numbers")
         numbers[name] = float(value)
-    return ClientUpdate(
-        partition,
-        arrays,
-        int(examples),
-        _counts(counts, partition, num_classes),
-        numbers,
-    )
+    return ClientUpdate(who, arrays, examples, _counts(counts, who, num_classes), numbers)
 
 
 def check_protocol(found: object, who: str) -> None:
@@ -169,7 +208,8 @@ def read_arrays(record: "ArrayRecord") -> dict[str, Tensor]:
     try:
         # Copied: what numpy reads from bytes cannot be written to.
         return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
-    except (ValueError, TypeError, EOFError, OSError) as error:
+    except Exception as error:
+        # They are bytes of a stranger, or no arrays at all: reading may fail in any way.
         raise RejectedUpdateError("arrays that cannot be read", str(error)) from error
 
 
@@ -179,8 +219,12 @@ def size_of(content: "RecordDict") -> int:
 
 
 def _checked(
-    group: str, arrays: dict[str, Tensor], shapes: Mapping[str, tuple[int | None, ...]], who: int
+    group: str,
+    arrays: dict[str, Tensor],
+    shapes: Mapping[str, tuple[int | None, ...]],
+    expected: Expected,
 ) -> Arrays:
+    who, like = expected.partition, expected.like.get(group, {})
     missing = sorted(shapes.keys() ^ arrays.keys())
     _require(not missing, "another model", who, f"{group}: {missing[:3]}", "the same names")
     for name, shape in shapes.items():
@@ -189,10 +233,24 @@ def _checked(
             want is None or have == want for have, want in zip(found, shape, strict=True)
         )
         _require(fits, "another model", who, f"{group}/{name} {found}", shape)
-        if arrays[name].is_floating_point():
-            sound = bool(torch.isfinite(arrays[name]).all())
-            _require(sound, "NaN or infinite values", who, f"{group}/{name}", "finite values")
+        arrays[name] = _cast(f"{group}/{name}", arrays[name], like.get(name), who)
+        sound = bool(torch.isfinite(arrays[name]).all())
+        _require(sound, "NaN or infinite values", who, f"{group}/{name}", "finite values")
     return arrays
+
+
+def _cast(name: str, value: Tensor, like: Tensor | None, who: int) -> Tensor:
+    """`value` with the dtype of `like`; without one a float of 64 bits becomes one of 32.
+
+    Only the precision may differ: what is counted and what is measured do not pass for each other.
+    """
+    known = value.is_floating_point() or value.dtype in _INTEGERS
+    same = like is None or value.is_floating_point() == like.is_floating_point()
+    wanted = "floats or integers" if like is None else like.dtype
+    _require(known and same, "another dtype", who, f"{name} {value.dtype}", wanted)
+    if like is not None:
+        return value.to(like.dtype)
+    return value.float() if value.dtype == torch.float64 else value
 
 
 def _counts(record: Any, who: int, num_classes: int) -> Tensor:
@@ -202,8 +260,8 @@ def _counts(record: Any, who: int, num_classes: int) -> Tensor:
     sound = (
         counts is not None
         and counts.shape == (num_classes,)
-        and not counts.is_floating_point()
-        and bool((counts >= 0).all())
+        and counts.dtype in _INTEGERS
+        and bool(((counts >= 0) & (counts <= MOST)).all())
     )
     shown = None if counts is None else tuple(counts.shape)
     _require(sound, "label counts that do not fit", who, shown, f"({num_classes},) counts")

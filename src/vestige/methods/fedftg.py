@@ -311,10 +311,10 @@ class FedFTG:
             "student_forward": n * (g + k),
             "student_backward": n * k,
             "student_backward_to_input": n * g,
-            # The clients' own step stands for a round without fine-tuning, as for their baselines.
-            "student_step": n * k or 1,
+            # One more for what the clients did.
+            "student_step": n * k + 1,
         }
-        return {name: float(count) for name, count in passes.items()}
+        return {name: float(count) for name, count in passes.items() if count}
 
 
 def _as_prediction(probs: Tensor) -> Prediction:

@@ -178,7 +178,7 @@ def build(
         ],
     )
     if judging is not None:
-        judging.method, judging.progress = method, trainer.ctx.progress
+        judging.method = method
     facts = RunFacts(
         method=recipe.method,
         plugins=tuple(plugins),

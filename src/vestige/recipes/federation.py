@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vestige.core import seeding
 from vestige.core.federation import ClientData, ClientUpdate, Federated, RefinesAverage
-from vestige.core.protocols import Progress, Source, Task
+from vestige.core.protocols import Source, Task
 from vestige.core.types import InputSpec
 from vestige.errors import DataError
 from vestige.federated import records
@@ -193,7 +193,6 @@ class Judging:
         federation: the clients.
         judges: at most so many of them are asked.
         method: once it is built.
-        progress: of its run.
         latest: the clients' answers at the last evaluation.
     """
 
@@ -202,7 +201,6 @@ class Judging:
     judges: int
     task: Task
     method: Federated | None = None
-    progress: Progress = field(default_factory=Progress)
     latest: list[ClientUpdate] = field(default_factory=list)
 
     def __call__(self, network: nn.Module) -> Mapping[str, float]:
@@ -212,7 +210,7 @@ class Judging:
         scores = {} if self.alone is None or personal else dict(self.alone(network))
         if scores and isinstance(method, RefinesAverage):
             scores[AVERAGED] = self.alone(method.averaged)[self.task.metric]  # type: ignore[misc]
-        self.latest = self.federation.judge(method, self.progress.round, self._asked())
+        self.latest = self.federation.judge(method, self._asked())
         if self.latest:
             told = self._told()
             scores |= {f"client_{name}": value for name, value in told.items()}
