@@ -26,7 +26,12 @@ def generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch
 
 def seed_globals(seed: int) -> None:
     """Seed the generators that other people's modules use (dropout, NumPy, Python)."""
-    torch.manual_seed(derive(seed, "torch"))
+    of_torch = derive(seed, "torch")
+    if torch.accelerator.is_available():
+        torch.manual_seed(of_torch)
+    else:
+        # The same for the CPU; torch would keep each call, with its stack, for a GPU to come.
+        torch.default_generator.manual_seed(of_torch)
     # NumPy's legacy seeding takes 32 bits; what it seeds is used by other people's code only.
     np.random.seed(derive(seed, "numpy") % 2**32)
     random.seed(derive(seed, "python"))

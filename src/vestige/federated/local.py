@@ -114,7 +114,9 @@ def train_locally(
     """
 
     def of_rows(rows: Tensor) -> Tensor:
-        return loss_fn(network, data.inputs[rows], data.labels[rows])
+        return loss_fn(
+            network, data.inputs.index_select(0, rows), data.labels.index_select(0, rows)
+        )
 
     optimizer = descent(network, cfg, lr)
     return descend(network, data, cfg, of_rows, optimizer, rng=rng, correction=correction)

@@ -274,8 +274,10 @@ class FedGenClient:
         logits = predict(network, inputs).logits
         terms = {"cross_entropy": F.cross_entropy(logits, labels)}
         if told is not None and cfg.consistency_weight:
-            # Detached: the head learns by examples here, not by what they are to match.
-            divergence = kl_divergence(logits, head(told.of(labels)).detach()).mean()
+            # Without gradient: the head learns by examples here, not by what they are to match.
+            with torch.no_grad():
+                wanted = head(told.of(labels))
+            divergence = kl_divergence(logits, wanted).mean()
             terms["consistency"] = cfg.weight(cfg.consistency_weight, round) * divergence
         if told is not None and cfg.generated_weight:
             drawn = told.labels(cfg.generated_batch_size, labels.device)
