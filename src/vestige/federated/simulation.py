@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,7 +56,8 @@ def on_ray(
 
     server = ServerApp()
     server.main()(main)
-    init: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
+    # Named, or Ray would join whatever cluster somebody left on this machine.
+    init: dict[str, Any] = {"address": "local", "include_dashboard": False, "log_to_driver": False}
     if address is not None:
         init = {"address": address, "log_to_driver": False}
 
@@ -82,7 +84,11 @@ def on_ray(
     thread = threading.Thread(target=simulate, name="flower-simulation", daemon=True)
     thread.start()
     try:
-        yield _waited(grids, failures, thread)
+        grid = _waited(grids, failures, thread)
+        # The first round would find nobody: nodes are made after the server's app has started.
+        while len(set(grid.get_node_ids())) < count and thread.is_alive():
+            time.sleep(0.05)
+        yield grid
     finally:
         done.set()
         thread.join(timeout=60)
