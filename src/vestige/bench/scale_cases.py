@@ -24,8 +24,9 @@ _MIB = 2**20
 _RAW = (40, 40, 3)
 
 Measured = dict[str, float]
-# Gets a number of images and an empty folder; runs in a process of its own.
-ScaleCase = Callable[[int, Path], Measured]
+# Gets a number of images, or of what else it counts, an empty folder and options of its own; runs
+# in a process of its own.
+ScaleCase = Callable[..., Measured]
 
 
 def measure_pool(images: int, folder: Path) -> Measured:
@@ -48,13 +49,13 @@ def measure_pool(images: int, folder: Path) -> Measured:
     labels = torch.randint(10, (len(inputs),), generator=rng)
     # What the first call of each operation costs is no cost of a pool.
     _fill(Pool(SPEC), len(inputs), inputs, labels)
-    before = _memory_mib("VmRSS")
+    before = memory_mib("VmRSS")
 
     pool = Pool(SPEC, memory_limit=256 * _MIB)
     start = time.perf_counter()
     _fill(pool, images, inputs, labels)
     added = time.perf_counter() - start
-    held = _memory_mib("VmRSS") - before
+    held = memory_mib("VmRSS") - before
 
     rounds = -(-max(images, _TEN_THOUSAND) // BATCH)
     start = time.perf_counter()
@@ -62,7 +63,7 @@ def measure_pool(images: int, folder: Path) -> Measured:
         pool.draw_labelled(BATCH, rng)
     drawn = time.perf_counter() - start
     # Before the checkpoint: writing a shard takes a copy of it alone.
-    peak = _memory_mib("VmHWM") - before
+    peak = memory_mib("VmHWM") - before
 
     store = CheckpointStore(folder)
     start = time.perf_counter()
@@ -108,7 +109,7 @@ def measure_foreign(images: int, folder: Path) -> Measured:
         few = config.model_copy(update={"data": str(small)})
         open_folder("few", few, SPEC, 0, torch.device("cpu")).source.draw(BATCH, rng)
     with _cache_in(folder / "cache"):
-        before, lowest = _memory_mib("RssAnon"), _memory_mib("VmRSS")
+        before, lowest = memory_mib("RssAnon"), memory_mib("VmRSS")
 
         start = time.perf_counter()
         source = open_folder("foreign", config, SPEC, 0, torch.device("cpu")).source
@@ -119,7 +120,7 @@ def measure_foreign(images: int, folder: Path) -> Measured:
         for _ in range(rounds):
             source.draw(BATCH, rng)
         drawn = time.perf_counter() - start
-        held, peak = _memory_mib("RssAnon") - before, _memory_mib("VmHWM") - lowest
+        held, peak = memory_mib("RssAnon") - before, memory_mib("VmHWM") - lowest
 
         start = time.perf_counter()
         open_folder("foreign", config, SPEC, 0, torch.device("cpu"))
@@ -136,7 +137,7 @@ def measure_foreign(images: int, folder: Path) -> Measured:
     }
 
 
-CASES: Mapping[str, ScaleCase] = {"pool": measure_pool, "foreign": measure_foreign}
+IMAGE_CASES: Mapping[str, ScaleCase] = {"pool": measure_pool, "foreign": measure_foreign}
 
 
 def _fill(pool: Pool, images: int, inputs: torch.Tensor, labels: torch.Tensor) -> None:
@@ -169,7 +170,7 @@ def _cache_in(folder: Path) -> Iterator[None]:
             os.environ["VESTIGE_CACHE"] = before
 
 
-def _memory_mib(key: str) -> float:
+def memory_mib(key: str) -> float:
     """Memory of this process: "VmRSS" now, "RssAnon" its own part, "VmHWM" at its highest.
 
     Where there is no /proc all are the highest so far; on Linux that is not used, since a process

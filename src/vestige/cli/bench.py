@@ -64,17 +64,21 @@ def floor(
 
 @app.command(epilog="Example: `vestige bench scale pool --images 100000`")
 def scale(
-    name: Annotated[str, typer.Argument(help="Name of a scale case: pool, foreign.")],
+    name: Annotated[str, typer.Argument(help="Name of a scale case: pool, foreign, federated.")],
     images: Annotated[
         int, typer.Option(min=1, help="The largest size; half, quarter and eighth come before.")
     ] = 100_000,
+    clients: Annotated[int, typer.Option(min=1, help="The same for federated.")] = 1000,
+    active: Annotated[
+        int, typer.Option(min=1, help="Of federated, clients that are asked in a round.")
+    ] = 50,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("benchmarks/scale"),
 ) -> None:
     """Measure a component as it grows: seconds, memory and disk at four sizes; write the JSON."""
     from vestige.bench.scale import run_scale, scale_table
     from vestige.training.files import read_json
 
-    path = run_scale(name, images=images, out=out, echo=typer.echo)
+    path = run_scale(name, images=images, clients=clients, active=active, out=out, echo=typer.echo)
     typer.echo(scale_table((read_json(path) or {})["sizes"]))
     typer.echo(path)
 
