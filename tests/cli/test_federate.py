@@ -143,17 +143,17 @@ def test_the_app_runs_the_recipe_that_is_named(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text(
         read_text("fedavg")
-        .replace("method: fedavg", "method: fedgen")
-        .replace("clients: 4", "clients: 7")
+        .replace("method: fedavg", "method: fedftg")
+        .replace("clients: 8", "clients: 7")
     )
     folder = tmp_path / "wards"
     assert init(folder, "--recipe", own, "--preset", "cpu").exit_code == 0
     assert settings(folder)["config"]["clients"] == 7
     chosen = load_recipe(folder / "wards" / "recipe.yaml")
-    assert chosen.method == "fedgen"
+    assert chosen.method == "fedftg"
     assert chosen.student is not None
     assert chosen.student.factory == "wards.model:make_model"
-    assert "widths=[8, 16, 32]" in (folder / "wards" / "model.py").read_text()
+    assert '"stride-cnn", spec, 10' in (folder / "wards" / "model.py").read_text()
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_the_app_runs_the_recipe_that_is_named(tmp_path):
     [
         ({"kd": ""}, "expected one of kind 'clients'"),
         (
-            {"student: {name: convnet, args: {widths: [8, 16, 32]}}": "student: {factory: a.b:c}"},
+            {"student: {name: stride-cnn}": "student: {factory: a.b:c}"},
             "put your own network into model.py",
         ),
         ({"num_classes: 10": ""}, "num_classes"),
@@ -226,7 +226,8 @@ def test_the_app_learns_what_the_simulation_of_its_recipe_learns(
     changes = ("config.rounds=2", "config.base=feddyn", "config.local_epochs=1")
     out = served(parts, 3, run_id=7, set=" ".join(changes))
     count = "sources.clients.partition.clients=3"
-    recipe = load_recipe(folder / "my_clients" / "recipe.yaml", overrides=[count, *changes])
+    changes = (count, "federation.engine=in-process", *changes)
+    recipe = load_recipe(folder / "my_clients" / "recipe.yaml", overrides=changes)
     run_recipe(recipe, tmp_path / "simulated")
     there, here = (
         load_file(where / "student.safetensors") for where in (out, tmp_path / "simulated")

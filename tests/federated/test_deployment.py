@@ -185,7 +185,8 @@ def test_real_clients_learn_what_simulated_ones_learn(site, monkeypatch):
     (out,) = (app / "results").iterdir()
     monkeypatch.syspath_prepend(app)
     count = f"sources.clients.partition.clients={CLIENTS}"
-    recipe = load_recipe(app / "ward_app" / "recipe.yaml", overrides=[count, *CHANGES])
+    changes = (count, "federation.engine=in-process", *CHANGES)
+    recipe = load_recipe(app / "ward_app" / "recipe.yaml", overrides=changes)
     run_recipe(recipe, site.folder / "simulated")
     weights = load_file(site.folder / "simulated" / "student.safetensors")
     for name, value in load_file(out / "student.safetensors").items():

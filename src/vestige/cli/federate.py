@@ -43,7 +43,7 @@ def init(
     ] = None,
     recipe: Annotated[
         str, typer.Option(help="That the app runs: a name or a YAML file, with clients as source.")
-    ] = "fedavg",
+    ] = "fedgen",
     preset: PresetOption = None,
     force: Annotated[
         bool,
