@@ -5,7 +5,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from queue import Empty, Queue
 from typing import Any
@@ -56,7 +56,8 @@ def on_ray(
 
     server = ServerApp()
     server.main()(main)
-    init: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
+    # Ray left alone would join whatever cluster this machine last heard of, a dead one included.
+    init: dict[str, Any] = {"address": "local", "include_dashboard": False, "log_to_driver": False}
     if address is not None:
         init = {"address": address, "log_to_driver": False}
 
@@ -83,10 +84,49 @@ def on_ray(
     thread = threading.Thread(target=simulate, name="flower-simulation", daemon=True)
     thread.start()
     try:
-        yield _waited(grids, failures, thread, count)
+        yield _Watched(_waited(grids, failures, thread, count), thread)
     finally:
         done.set()
         thread.join(timeout=60)
+
+
+class _Watched:
+    """A grid that does not wait for answers of a simulation that broke down.
+
+    Args:
+        grid: of Flower.
+        thread: that simulates; it ends when the simulation does.
+    """
+
+    def __init__(self, grid: Any, thread: threading.Thread) -> None:
+        self.grid, self.thread = grid, thread
+
+    def get_node_ids(self) -> list[int]:
+        """All nodes."""
+        return list(self.grid.get_node_ids())
+
+    def send_and_receive(
+        self, messages: Iterable[Any], *, timeout: float | None = None
+    ) -> list[Any]:
+        """Send and wait for the answers.
+
+        Raises:
+            ProcessError: there is nobody any more who could answer.
+        """
+        until = None if timeout is None else time.monotonic() + timeout
+        waiting, replies = set(self.grid.push_messages(messages)), []
+        while waiting and (until is None or time.monotonic() < until):
+            for reply in self.grid.pull_messages(waiting):
+                waiting.discard(reply.metadata.reply_to_message_id)
+                replies.append(reply)
+            if waiting and not self.thread.is_alive():
+                raise ProcessError(
+                    f"the simulation on Ray broke down with {len(waiting)} answers missing; its "
+                    "last words are above, and --resume goes on from the last checkpoint"
+                )
+            # Short beside a client's training, long beside the asking.
+            time.sleep(0.02 if waiting else 0)
+        return replies
 
 
 def _waited(
