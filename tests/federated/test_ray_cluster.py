@@ -9,6 +9,8 @@ import time
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 
 import pytest
 import torch
@@ -113,17 +115,20 @@ def ray_node(log, *arguments):
 @pytest.fixture
 def cluster(tmp_path_factory):
     """The address of a cluster of two nodes."""
-    # Ray gives ports from 10002 to 19999 to its workers, and the paths of its sockets are short.
+    # Ray gives ports from 10002 to 19999 to its workers.
     with socket.socket() as one:
         port = next(port for port in range(26379, 26479) if is_free(one, port))
     folder = tmp_path_factory.mktemp("ray")
-    head = ("--head", "--port", str(port), "--include-dashboard", "false")
+    # A folder of its own, lest other runs join this cluster; the paths of sockets must be short.
+    own = mkdtemp(prefix="ray-")
+    head = ("--head", "--port", str(port), "--include-dashboard", "false", "--temp-dir", own)
     address = f"127.0.0.1:{port}"
     with (
         ray_node(folder / "head.log", *head),
         ray_node(folder / "second.log", "--address", address),
     ):
         yield address
+    rmtree(own, ignore_errors=True)
 
 
 def is_free(one, port):
