@@ -36,6 +36,8 @@ from vestige.training.files import tensors_to_bytes, write_bytes, write_text
 PRESETS = [
     (name, preset)
     for name in catalog.shipped()
+    # Those whose clients train have no teacher, and a test of their own.
+    if read_yaml(name).get("teacher") is not None
     for preset in (read_yaml(name).get("presets") or {"": {}})
 ]
 # The paper's batch and rounds at the smallest size; networks and everything else stay as shipped.
