@@ -55,7 +55,12 @@ def on_ray(
 
     server = ServerApp()
     server.main()(main)
-    init: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
+    # Without an address Ray would look for a cluster on this machine and wait for one that is gone.
+    init: dict[str, Any] = {
+        "address": "local",
+        "include_dashboard": False,
+        "log_to_driver": False,
+    }
     if address is not None:
         init = {"address": address, "log_to_driver": False}
 
