@@ -204,8 +204,8 @@ class FedDistill:
         return ", ".join(name for name, on in options.items() if on)
 
     def result(self) -> Result:
-        """The global network."""
-        return Result("global model", self.student)
+        """The global network; without shared weights each client's own."""
+        return Result("global model" if self.cfg.share_weights else "personal models", self.student)
 
     def passes(self, cfg: FedDistillConfig) -> Mapping[str, float]:
         """None at the server: the clients train."""

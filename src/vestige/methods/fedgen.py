@@ -165,6 +165,11 @@ class FedGenConfig(BaseTraining):
         return float(max(self.least_weight, start * self.term_decay**round)) if start else 0.0
 
     @property
+    def generated_share(self) -> float:
+        """Generated features for each example of a client's step, B_g / B."""
+        return self.generated_batch_size / self.batch_size
+
+    @property
     def uses_generator(self) -> bool:
         """Whether the clients' losses have a term with it."""
         return bool(self.generated_weight or self.consistency_weight)
@@ -281,8 +286,7 @@ class FedGenClient:
             terms["consistency"] = cfg.weight(cfg.consistency_weight, round) * divergence
         if told is not None and cfg.generated_weight:
             drawn = told.labels(cfg.generated_batch_size, labels.device)
-            share = cfg.generated_batch_size / cfg.batch_size
-            generated = share * F.cross_entropy(head(told.of(drawn)), drawn)
+            generated = cfg.generated_share * F.cross_entropy(head(told.of(drawn)), drawn)
             terms["generated"] = cfg.weight(cfg.generated_weight, round) * generated
         return seen.add(labels, terms)
 
@@ -400,8 +404,8 @@ class FedGen:
         return self.cfg.differs
 
     def result(self) -> Result:
-        """The global network."""
-        return Result("global model", self.student)
+        """The global network; in lean mode each client's own, of which only the head is global."""
+        return Result("personal models" if self.cfg.lean else "global model", self.student)
 
     def passes(self, cfg: FedGenConfig) -> Mapping[str, float]:
         """Those of the server: the clients' networks are theirs."""
