@@ -41,6 +41,7 @@ TINY = {
     "tune_epochs": 1,
 }
 FEW = 200
+DEEP = [("fedftg", "gpu"), ("fedftg", "paper")]
 
 
 @functools.cache
@@ -71,7 +72,14 @@ def test_there_are_such_recipes():
     assert {"fedavg", "fedgen", "fedftg", "fedd2s"} <= {name for name, _ in PRESETS}
 
 
-@pytest.mark.parametrize(("name", "preset"), PRESETS)
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        # Two ResNet-18 and a wide generator: a minute on two cores.
+        pytest.param(*case, marks=pytest.mark.slow if case in DEEP else ())
+        for case in PRESETS
+    ],
+)
 def test_every_preset_runs_one_round(
     name: str, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from federation import DirectClients, skewed
 from ngram import TOPICS, NGram, made_up
 
 from vestige.core.texts import to_bytes
@@ -20,6 +21,7 @@ from vestige.recipes.build import build, build_method
 from vestige.recipes.catalog import METHODS
 from vestige.recipes.loading import load_recipe
 from vestige.sources.audio import AudioSource
+from vestige.tasks.classification import Classification
 from vestige.tasks.speech import Speech
 from vestige.tasks.text import Text
 from vestige.teachers.white_box import WhiteBoxTeacher
@@ -87,7 +89,28 @@ def read_texts_curve(name, folder):
     Trainer(made, task, teachers=shown, student=student, out=folder, config=config).run()
 
 
+def clients_curve(name, folder):
+    """Of a method whose clients train: three of four in each round, without an engine."""
+    method, parts = METHODS.get(name), skewed(4, (1, 8, 8), 3)
+    values = {"rounds": 17, "active": 3, "local_steps": 2, "batch_size": 8, "iterations": 1}
+    values |= {"generator_steps": 2, "student_steps": 1, "latent_dim": 8, "hidden_dim": 8}
+    values |= {"generator_width": 4, "server_batch_size": 8, "drop_every": 4, "client_lr": 0.02}
+    cfg = method.Config(**{k: v for k, v in values.items() if k in method.Config.model_fields})
+    task, clients = Classification(InputSpec.image(1, 8, 8), 3), DirectClients(parts)
+    torch.manual_seed(0)
+    student = build_model("block-cnn", task.spec, 3, widths=[8, 8, 8], hidden=8)
+    made = build_method(name, cfg, task, [], student, {"clients": clients}, 0)
+    clients.client = made.client
+    config = TrainerConfig(device="cpu", log_every=1)
+    Trainer(
+        made, task, student=student, sources={"clients": clients}, out=folder, config=config
+    ).run()
+
+
 def curve(name, folder):
+    if "clients" in METHODS.get(name).requires.sources:
+        clients_curve(name, folder)
+        return read_curve(folder)
     if METHODS.get(name).requires.tasks == ("text",):
         read_texts_curve(name, folder)
         return read_curve(folder)

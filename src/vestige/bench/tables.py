@@ -47,7 +47,8 @@ def results_table(claims: Mapping[str, Mapping[str, Any]]) -> str:
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for case, teacher in result["teachers"].items():
-            lines.append(f"| {case} | teacher | {_percent(teacher['score'])} | | | | | |")
+            if teacher is not None:
+                lines.append(f"| {case} | teacher | {_percent(teacher['score'])} | | | | | |")
         for name, arm in result["arms"].items():
             case, _, label = name.partition("/")
             scores = ", ".join(_percent(score) for score in arm["scores"])

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from vestige.core import modes
 from vestige.core.federation import Arrays, ClientData, ClientUpdate, Payload, sent
-from vestige.core.types import Loss, predict
+from vestige.core.types import Loss, Requires, Role, predict
 
 BatchNormPolicy = Literal["average", "local", "frozen"]
 ClientLoss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -229,3 +229,20 @@ def mean_loss(updates: Sequence[ClientUpdate]) -> Loss:
         total = sum(examples for _, examples in parts)
         terms[name] = torch.tensor(sum(value * examples for value, examples in parts) / total)
     return Loss(terms, torch.stack([torch.zeros(()), *terms.values()]).sum())
+
+
+def needs_clients(*roles: Role) -> Requires:
+    """What a method needs whose training happens at clients.
+
+    It is closed to plug-ins, which wrap updates: most of its updates are made elsewhere.
+
+    Args:
+        roles: of the updates that the server makes, and "student" for what clients do.
+    """
+    return Requires(
+        sources=("clients",),
+        teachers=(0, 0),
+        extras=("federated",),
+        roles=roles,
+        closed_to=("*",),
+    )

@@ -35,10 +35,10 @@ from vestige.core.federation import (
     shapes,
 )
 from vestige.core.protocols import Context, Sharded, Source, Stateful, Task, Teacher
-from vestige.core.types import Requires, Result, Step
+from vestige.core.types import Result, Step
 from vestige.federated import personal
 from vestige.federated.bases import BaseTraining, ServerBase
-from vestige.federated.local import mean_loss, returned
+from vestige.federated.local import mean_loss, needs_clients, returned
 from vestige.federated.trained import TrainingClient
 
 
@@ -88,7 +88,7 @@ class FedAvg:
     """Averages what clients have trained."""
 
     Config = FedAvgConfig
-    requires = Requires(sources=("clients",), teachers=(0, 0), roles=("student",), closed_to=("*",))
+    requires = needs_clients("student")
 
     def __init__(
         self,

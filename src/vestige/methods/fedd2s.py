@@ -52,9 +52,9 @@ from vestige.core.federation import (
 )
 from vestige.core.functional import functional
 from vestige.core.protocols import Context, Sharded, Source, Stateful, Task, Teacher
-from vestige.core.types import Batch, Loss, Requires, Result, Step, predict
+from vestige.core.types import Batch, Loss, Result, Step, predict
 from vestige.federated import personal, uploads
-from vestige.federated.local import batches, mean_loss
+from vestige.federated.local import batches, mean_loss, needs_clients
 from vestige.federated.personal import PersonalTraining
 from vestige.federated.uploads import Disclosure
 from vestige.losses.distill import soft_label_divergence
@@ -205,7 +205,7 @@ class FedD2S:
     """Trains a global head on what clients upload, and hands it to them."""
 
     Config = FedD2SConfig
-    requires = Requires(sources=("clients",), teachers=(0, 0), roles=("student",), closed_to=("*",))
+    requires = needs_clients("student")
 
     def __init__(
         self,

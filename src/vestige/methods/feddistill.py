@@ -45,10 +45,10 @@ from vestige.core.federation import (
     shapes,
 )
 from vestige.core.protocols import Context, Sharded, Source, Stateful, Task, Teacher
-from vestige.core.types import Requires, Result, Step, predict
+from vestige.core.types import Result, Step, predict
 from vestige.federated.bases import BaseTraining, ClientBase, ServerBase
 from vestige.federated.class_logits import ClassLogits, sums_by_class
-from vestige.federated.local import mean_loss, train_locally
+from vestige.federated.local import mean_loss, needs_clients, train_locally
 from vestige.federated.sharing import Sharing
 from vestige.federated.terms import Terms
 from vestige.losses.distill import kl_divergence
@@ -143,7 +143,7 @@ class FedDistill:
     """Averages what clients answer to each class, and their networks if asked."""
 
     Config = FedDistillConfig
-    requires = Requires(sources=("clients",), teachers=(0, 0), roles=("student",), closed_to=("*",))
+    requires = needs_clients("student")
 
     def __init__(
         self,

@@ -22,9 +22,9 @@ from torch import nn
 
 from vestige.core.federation import Clients, Payload, Settings, sent, shapes
 from vestige.core.protocols import Context, Sharded, Source, Stateful, Task, Teacher
-from vestige.core.types import Requires, Result, Step
+from vestige.core.types import Result, Step
 from vestige.federated.bases import ServerBase
-from vestige.federated.local import mean_loss, returned
+from vestige.federated.local import mean_loss, needs_clients, returned
 from vestige.methods.fedavg import FedAvgClient, FedAvgConfig
 from vestige.models.ensembles import MemberEnsemble
 
@@ -41,7 +41,7 @@ class FedEnsemble:
     """Averages what clients have trained, and keeps what it averaged."""
 
     Config = FedEnsembleConfig
-    requires = Requires(sources=("clients",), teachers=(0, 0), roles=("student",), closed_to=("*",))
+    requires = needs_clients("student")
 
     def __init__(
         self,

@@ -43,9 +43,9 @@ from torch import Tensor, nn
 from vestige.core import modes, optim
 from vestige.core.federation import Clients, ClientUpdate, Payload, Settings, sent
 from vestige.core.protocols import Context, Sharded, Source, Stateful, Task, Teacher
-from vestige.core.types import Batch, Loss, Prediction, Requires, Result, Step, predict
+from vestige.core.types import Batch, Loss, Prediction, Result, Step, predict
 from vestige.federated.bases import BaseTraining, ServerBase
-from vestige.federated.local import freeze_statistics, mean_loss
+from vestige.federated.local import freeze_statistics, mean_loss, needs_clients
 from vestige.federated.stacked import ClientEnsemble
 from vestige.federated.trained import TrainingClient, train_round
 from vestige.losses.federated import (
@@ -145,9 +145,7 @@ class FedFTG:
     """Averages what clients have trained, and fine-tunes the average with their networks."""
 
     Config = FedFTGConfig
-    requires = Requires(
-        sources=("clients",), teachers=(0, 0), roles=("student", "source"), closed_to=("*",)
-    )
+    requires = needs_clients("student", "source")
 
     def __init__(
         self,

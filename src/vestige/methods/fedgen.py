@@ -58,11 +58,11 @@ from vestige.core.federation import (
 )
 from vestige.core.protocols import Context, Sharded, Source, Stateful, Task, Teacher
 from vestige.core.schedules import Schedule
-from vestige.core.types import Batch, Loss, Requires, Result, Step, predict
+from vestige.core.types import Batch, Loss, Result, Step, predict
 from vestige.federated.bases import BaseTraining, ClientBase, ServerBase
 from vestige.federated.labels import SeenLabels, class_shares, uniform_labels
 from vestige.federated.latents import GeneratedFeatures
-from vestige.federated.local import mean_loss, train_locally
+from vestige.federated.local import mean_loss, needs_clients, train_locally
 from vestige.federated.sharing import Sharing
 from vestige.federated.terms import Terms
 from vestige.losses.distill import kl_divergence
@@ -301,9 +301,7 @@ class FedGen:
     """Averages what clients have trained, and learns features on which their heads agree."""
 
     Config = FedGenConfig
-    requires = Requires(
-        sources=("clients",), teachers=(0, 0), roles=("source", "student"), closed_to=("*",)
-    )
+    requires = needs_clients("source", "student")
 
     def __init__(
         self,

@@ -20,9 +20,9 @@ from torch import nn
 
 from vestige.core.federation import Answer, Ask, ClientData, Clients, Payload, Settings
 from vestige.core.protocols import Context, Sharded, Source, Stateful, Task, Teacher
-from vestige.core.types import Requires, Result, Step
+from vestige.core.types import Result, Step
 from vestige.federated import personal
-from vestige.federated.local import mean_loss
+from vestige.federated.local import mean_loss, needs_clients
 from vestige.federated.personal import PersonalTraining
 
 
@@ -57,7 +57,7 @@ class LocalOnly:
     """Lets clients train, and averages nothing."""
 
     Config = LocalOnlyConfig
-    requires = Requires(sources=("clients",), teachers=(0, 0), roles=("student",), closed_to=("*",))
+    requires = needs_clients("student")
 
     def __init__(
         self,
