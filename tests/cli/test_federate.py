@@ -226,7 +226,8 @@ def test_the_app_learns_what_the_simulation_of_its_recipe_learns(
     changes = ("config.rounds=2", "config.base=feddyn", "config.local_epochs=1")
     out = served(parts, 3, run_id=7, set=" ".join(changes))
     count = "sources.clients.partition.clients=3"
-    changes = (count, "federation.engine=in-process", *changes)
+    # The app asks as many as there are, where the recipe wants more.
+    changes = (count, "config.active=3", "federation.engine=in-process", *changes)
     recipe = load_recipe(folder / "my_clients" / "recipe.yaml", overrides=changes)
     run_recipe(recipe, tmp_path / "simulated")
     there, here = (

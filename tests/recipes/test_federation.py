@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from vestige.core.types import InputSpec
-from vestige.errors import DataError
+from vestige.errors import DataError, RecipeError
 from vestige.federated.partition import PartitionConfig
 from vestige.federated.states import ClientStates
 from vestige.recipes.federation import Judging, SimulatedClients, brief, deal
+from vestige.recipes.loading import load_recipe
 from vestige.recipes.run import run_recipe
 from vestige.recipes.schema import Recipe
 
@@ -101,7 +102,10 @@ def test_a_server_that_is_killed_within_a_round_goes_on_as_if_it_never_was(
     assert len(left) == after
 
     run_recipe(recipe_of(arm), killed, resume=True, report=False)
-    first, second = (load_file(out / "student.safetensors") for out in (whole, killed))
+    # Of what is personal only a checkpoint has the server's part.
+    first, second = (
+        load_file(max((out / "checkpoints").glob("*.safetensors"))) for out in (whole, killed)
+    )
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     kept, again = states_in(whole), states_in(killed)
@@ -197,3 +201,20 @@ def test_another_number_of_nodes_than_the_partition_has_is_refused():
 def test_judges_are_spread_evenly(count, judges, wanted):
     judging = Judging(None, SimpleNamespace(count=count), judges, None)
     assert judging._asked() == wanted
+
+
+def test_more_active_clients_than_there_are_is_a_mistake(tmp_path: Path) -> None:
+    recipe = load_recipe("fedavg", preset="smoke", overrides=["config.active=9"])
+    with pytest.raises(RecipeError, match="active: got 9 of 8 clients"):
+        run_recipe(recipe, tmp_path, report=False)
+
+
+def test_more_clients_than_examples_are_told_before_anybody_is_asked(tmp_path: Path) -> None:
+    many = ["sources.clients.partition.clients=500"]
+    with pytest.raises(DataError, match="500 clients"):
+        run_recipe(load_recipe("fedavg", preset="smoke", overrides=many), tmp_path, report=False)
+
+
+def test_a_teacher_is_not_taken_by_a_method_that_needs_none() -> None:
+    with pytest.raises(RecipeError, match="takes no teacher, got 1; set teacher: null"):
+        load_recipe("fedavg", overrides=["teacher=builtin:digits-convnet"])

@@ -102,7 +102,7 @@ class Roster:
         return torch.tensor([self.holds.get(number, 0) for number in range(self.count)])
 
     def sample(self, count: int, rng: torch.Generator) -> list[int]:
-        """`count` clients without replacement, uniformly, in ascending order."""
+        """`count` clients without replacement, uniformly, in ascending order; at most all."""
         order = torch.randperm(self.count, generator=rng, device=rng.device)
         return sorted(order[:count].tolist())
 
@@ -242,6 +242,7 @@ class Roster:
             )
             for node in new
         ]
+        refused: Counter[str] = Counter()
         for reply in grid.send_and_receive(messages, timeout=timeout_s):
             node = reply.metadata.src_node_id
             try:
@@ -250,11 +251,15 @@ class Roster:
                 self._let_in(node, reply)
             except RejectedUpdateError as error:
                 self._strange.add(node)
-                logger.warning("a node was not let in: %s", error)
+                refused[error.reason] += 1
+                logger.info("node %d was not let in: %s", node, error)
+        told = ", ".join(f"{reason} {number}" for reason, number in refused.items())
+        if refused:
+            logger.warning("%d of %d nodes were not let in: %s", refused.total(), len(new), told)
         if not self.nodes:
             raise ProcessError(
-                f"got {len(new)} nodes and none of them could be used, expected {self.count} "
-                "clients; see the warnings above"
+                f"got {len(new)} nodes and none of them could be used ({told or 'no answer'}), "
+                f"expected {self.count} clients; see what their own logs say"
             )
 
     def _let_in(self, node: int, reply: Any) -> None:

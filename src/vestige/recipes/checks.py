@@ -218,8 +218,10 @@ def requirement_problems(recipe: Recipe) -> Iterator[str]:
         count = (run.teacher is not None) + len(run.more_teachers)
         if not low <= count <= high:
             key = "teacher" if not run.more_teachers else "more_teachers"
-            told = "no teacher" if high == 0 else f"{low} to {high} teachers"
-            yield f"{where}{key}: {run.method!r} takes {told}, got {count}"
+            told = f"{low} to {high} teachers, got {count}"
+            if high == 0:
+                told = f"no teacher, got {count}; set teacher: null"
+            yield f"{where}{key}: {run.method!r} takes {told}"
         if requires.student and run.student is None:
             yield f"{where}student: {run.method!r} trains one; give its 'name' or 'factory'"
         if not run.access.covers(requires.access):

@@ -15,7 +15,7 @@ from vestige.core import seeding
 from vestige.core.federation import ClientData, ClientUpdate, Federated, RefinesAverage
 from vestige.core.protocols import Source, Task
 from vestige.core.types import InputSpec
-from vestige.errors import DataError
+from vestige.errors import DataError, RecipeError
 from vestige.federated import records
 from vestige.federated.federation import Engine, Federation
 from vestige.federated.grid import in_process
@@ -138,6 +138,14 @@ def open_clients(
         config.test_each,
         recipe.seed,
     )
+    active = recipe.known_config().get("active")
+    if isinstance(active, int) and active > partition.clients:
+        raise RecipeError(
+            f"config.active: got {active} of {partition.clients} clients; lower it, or null for "
+            "all of them"
+        )
+    # Here, once: what cannot be dealt out is told before any client is asked.
+    deal(simulated)
     kind = DATA.get(spec.kind)
     ledger.records.append(
         record_of(
