@@ -58,7 +58,10 @@ TINY = {
 }
 # Parts that an arm may leave out, and does so by 0.
 CRAFTING = ("guess_steps", "difficulty_steps")
-DEEP = [("asdfd", "gpu"), ("dfad-seg", "gpu"), ("dfad-seg", "paper"), ("mosaickd-seg", "gpu")]
+DEEP = [
+    *(("asdfd", "gpu"), ("dfad-seg", "gpu"), ("dfad-seg", "paper"), ("mosaickd-seg", "gpu")),
+    *(("udistil-whisper", "gpu"), ("udistil-whisper", "paper")),
+]
 KINDS = {"text": "text", "speech": "audio"}
 # Of images some methods want more than a few; texts and recordings are read by larger networks.
 FEW_IMAGES, FEW = 64, 12
@@ -177,7 +180,8 @@ def test_the_parts_of_a_heap_are_few():
 @pytest.mark.parametrize(
     ("name", "preset"),
     [
-        # ResNet-50 in output stride 8 or six layers of BERT for each arm: minutes on two cores.
+        # ResNet-50 in output stride 8, six layers of BERT for each arm, a Whisper of full width:
+        # minutes on two cores.
         pytest.param(*case, marks=pytest.mark.slow if case in DEEP else ())
         for case in PRESETS
     ],
