@@ -102,6 +102,8 @@ def papers() -> str:
 
 def recipe_keys() -> str:
     """Every key that a recipe may have, from the models that check it."""
+    from vestige.federated.partition import PartitionConfig
+    from vestige.federated.settings import FederationConfig
     from vestige.recipes import schema
     from vestige.training.trainer_config import TrainerConfig
 
@@ -118,6 +120,8 @@ def recipe_keys() -> str:
         "sources.NAME.parts.PART": schema.PartConfig,
         "plugins": schema.PluginConfig,
         "arms.NAME": schema.ArmConfig,
+        "federation": FederationConfig,
+        "sources.NAME.partition": PartitionConfig,
         "trainer": TrainerConfig,
     }.items():
         summary = (inspect.getdoc(model) or "").partition("\n")[0]
@@ -208,7 +212,10 @@ def _needs(requires: Requires) -> str:
 
 def _settings(model: type[BaseModel]) -> str:
     """A table of fields, defaults and what the class's docstring says of each."""
-    told = _attributes(inspect.getdoc(model) or "")
+    told: dict[str, str] = {}
+    # Settings may be told where they are inherited from, and told anew where they mean more.
+    for kind in reversed(model.__mro__):
+        told |= _attributes(inspect.cleandoc(kind.__dict__.get("__doc__") or ""))
     rows = ["| key | default | meaning |", "| --- | --- | --- |"]
     for name, field in model.model_fields.items():
         default = field.get_default(call_default_factory=True)

@@ -27,7 +27,7 @@ DOCUMENT = {
     "verdict": str,
     "metric": str,
     "data": str,
-    "teacher": dict,
+    "teacher": dict | None,
     "seeds": list,
     "arms": dict,
     "tried": list,
@@ -47,7 +47,8 @@ def check_document(document: dict[str, Any]) -> None:
         assert isinstance(document[key], kind), key
     assert document["schema"] == 1
     assert document["verdict"] in VERDICTS
-    assert set(document["teacher"]) >= {"score", "parameters"}
+    # Where clients train there is none.
+    assert document["teacher"] is None or set(document["teacher"]) >= {"score", "parameters"}
     assert len(document["recipe_sha256"]) == 64
     assert document["arms"]
     for arm in document["arms"].values():
@@ -262,6 +263,10 @@ def test_arms_of_a_claim_have_the_same_number_of_student_steps(name):
         for arm in case.arms or recipe.arms:
             run = recipe.arm(arm)
             cfg = run.method_config()
+            if "clients" in run.sources:
+                # Clients train, and arms may differ in what the server adds.
+                work.add((cfg.rounds, cfg.active, cfg.steps_of(100), cfg.batch_size))
+                continue
             whole = getattr(recipe.method_config(), "samples", None)
             if getattr(cfg, "samples", whole) != whole:
                 # What few texts are worth is the question; they are passed over as often.

@@ -16,6 +16,9 @@ def arms():
         teachers = result.get("teachers") or {}
         for name, arm in result["arms"].items():
             teacher = teachers.get(name.split("/")[0], result["teacher"])
+            if teacher is None:
+                # Clients learn from their own labels.
+                continue
             # A pool alone has no student that could be poor; most of a scene is its background, so
             # answers at every pixel say less.
             if arm["mean"] is not None and result["metric"] == "accuracy":

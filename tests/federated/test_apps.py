@@ -138,7 +138,7 @@ def test_data_that_is_not_as_it_must_be_is_refused_by_name(change, reason, tmp_p
 
 def test_data_that_cannot_be_opened_is_refused_without_its_path(tmp_path):
     def load(partition, count):
-        raise DataError("got no folder /home/jane/patients")
+        raise DataError("got no folder /srv/ward-3/patients")
 
     assert refused(host_of(Adding(), tmp_path, load=load)) == "data that cannot be opened"
 

@@ -19,6 +19,7 @@ Differs from the paper: no term on intermediate layers (the paper builds on Pati
     that was not at hand). Guessing leaves a text alone once the teacher is `confidence` sure of it,
     and no word may be longer than almost all of the teacher's own. The words' embeddings of the
     student stay the teacher's: crafted inputs pass them by.
+
 Cost per round: `iterations` times: T forward guess_steps + 1, backward guess_steps; S forward
     difficulty_steps + 1, backward difficulty_steps + 1; the masked texts are a second batch in S's.
 """

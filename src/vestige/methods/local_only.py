@@ -1,7 +1,9 @@
 """Local-only: every client trains alone; the reference that a federation has to beat.
 
-Paper: none; the usual reference of personalised federated learning, where each client is tested on
-    its own mix of classes and one that knows few classes does well alone.
+Paper: none of its own; a usual reference where each client is tested on its own mix of classes,
+    for example in Think Locally, Act Globally: Federated Learning with Local and Global
+    Representations, Liang, Liu, Ziyin, Allen, Auerbach, Brent, Salakhutdinov, Morency, 2020,
+    arXiv 2001.01523. A client that knows few classes does well alone.
 
 All clients start from one initialisation. In each round the active ones train their own network on
 their own examples and keep it, momentum and running statistics included. Nothing is sent but their
