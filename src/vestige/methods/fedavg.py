@@ -32,14 +32,13 @@ from vestige.core.federation import (
     Payload,
     Settings,
     sent,
-    shapes,
 )
 from vestige.core.protocols import Context, Sharded, Source, Stateful, Task, Teacher
 from vestige.core.types import Result, Step
 from vestige.federated import personal
 from vestige.federated.bases import BaseTraining, ServerBase
-from vestige.federated.local import mean_loss, needs_clients, returned
-from vestige.federated.trained import TrainingClient
+from vestige.federated.local import mean_loss, needs_clients
+from vestige.federated.trained import TrainingClient, train_round
 
 
 class FedAvgConfig(BaseTraining):
@@ -114,23 +113,12 @@ class FedAvg:
     def run(self, ctx: Context) -> Iterator[Step]:
         """Ask, average."""
         cfg, clients = self.cfg, self.clients
-        expects = {
-            "model": shapes(returned(self.student, cfg.bn_policy)),
-            **self.base.expects(),
-        }
         for number in ctx.rounds("federated", cfg.rounds):
-            active = clients.sample(cfg.active or clients.count, ctx.rng)
-            model, _ = self.offer()
-            beside, settings = self.base.offer(clients.sizes())
-            updates = clients.ask(
-                "train", number, active, {**model, **beside}, settings, expects=expects
-            )
+            updates, after = train_round(clients, self.base, self.student, number, ctx.rng)
             # A void round leaves everything as it was.
             if not updates:
                 continue
-            self.student.load_state_dict(
-                self.base.aggregate(model["model"], updates, clients.sizes())
-            )
+            self.student.load_state_dict(after)
             yield ctx.took("student", mean_loss(updates))
         # Everyone, whoever was active: each is to have a network of its own.
         for _ in ctx.rounds("tune", 1) if cfg.tune_epochs else ():

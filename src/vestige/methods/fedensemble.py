@@ -20,11 +20,12 @@ from typing import cast
 
 from torch import nn
 
-from vestige.core.federation import Clients, Payload, Settings, sent, shapes
+from vestige.core.federation import Clients, Payload, Settings, sent
 from vestige.core.protocols import Context, Sharded, Source, Stateful, Task, Teacher
 from vestige.core.types import Result, Step
 from vestige.federated.bases import ServerBase
-from vestige.federated.local import mean_loss, needs_clients, returned
+from vestige.federated.local import mean_loss, needs_clients
+from vestige.federated.trained import train_round
 from vestige.methods.fedavg import FedAvgClient, FedAvgConfig
 from vestige.models.ensembles import MemberEnsemble
 
@@ -68,25 +69,14 @@ class FedEnsemble:
     def run(self, ctx: Context) -> Iterator[Step]:
         """Ask, keep, average."""
         cfg, clients = self.cfg, self.clients
-        expects = {
-            "model": shapes(returned(self.student, cfg.bn_policy)),
-            **self.base.expects(),
-        }
         for number in ctx.rounds("federated", cfg.rounds):
-            active = clients.sample(cfg.active or clients.count, ctx.rng)
-            model, _ = self.offer()
-            beside, settings = self.base.offer(clients.sizes())
-            updates = clients.ask(
-                "train", number, active, {**model, **beside}, settings, expects=expects
-            )
+            updates, after = train_round(clients, self.base, self.student, number, ctx.rng)
             # A void round leaves everything as it was.
             if not updates:
                 continue
             for update in updates:
                 self.ensemble.fill(update.partition, update.arrays["model"])
-            self.student.load_state_dict(
-                self.base.aggregate(model["model"], updates, clients.sizes())
-            )
+            self.student.load_state_dict(after)
             yield ctx.took("student", mean_loss(updates))
 
     def variant(self) -> str:
