@@ -19,7 +19,7 @@ THREADS = 1
 torch.set_num_threads(THREADS)
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 
-LONGEST = ("test_readme.py", "test_docs.py", "test_retain_keeps_what_was_learned.py")
+LONGEST = ("test_readme.py", "test_docs.py", "test_defaults.py", "test_cli.py")
 
 # Must run before the first import of a loss; users never pay for it.
 jaxtyping.install_import_hook("vestige.losses", "beartype.beartype")

@@ -233,19 +233,19 @@ def no_method_names(tree: Path) -> list[str]:
     for name, module in modules(tree):
         if room_of(name) not in WITHOUT_NAMES:
             continue
+        texts = [(line, text.lower()) for line, text in strings(module)]
+        named = [(line, words(text)) for line, text in identifiers(module)]
         for method in registered(tree):
             spelled = re.escape(method).replace("_", "[_-]")
             if method in ORDINARY_WORDS:
                 pattern = re.compile(spelled)
-                hits = [line for line, text in strings(module) if pattern.fullmatch(text.lower())]
+                hits = [line for line, text in texts if pattern.fullmatch(text)]
             else:
                 pattern = re.compile(rf"(?<![a-z0-9]){spelled}(?![a-z0-9])")
-                hits = [line for line, text in strings(module) if pattern.search(text.lower())]
+                hits = [line for line, text in texts if pattern.search(text)]
                 # Two letters (`kd`) are too common in variables to mean a method there.
                 if len(method) > 2:
-                    hits += [
-                        line for line, text in identifiers(module) if f"_{method}_" in words(text)
-                    ]
+                    hits += [line for line, text in named if f"_{method}_" in text]
             found += [f"{name}:{line} names {method}" for line in hits]
     return found
 

@@ -21,6 +21,11 @@ FENCE = re.compile(
 )
 # The snippets of architecture.md are sketches.
 SKIPPED = {"generated", "_build", "architecture.md"}
+# Each of them starts many runs: from a quarter of a minute to one and a half.
+LONG = {
+    *("foreign.md", "recipes.md", "running.md", "segmentation.md", "start.md", "text.md"),
+    *("tutorials/own-method.md", "tutorials/own-plugin.md", "zerogen.md"),
+}
 
 
 def executed(text):
@@ -57,7 +62,9 @@ def run_here(arguments, cwd, monkeypatch, capfd):
     assert not left.value.code, f"{arguments}\n{told.out[-2000:]}\n{told.err[-3000:]}"
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.slow if page in LONG else ()) for page in PAGES]
+)
 def test_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capfd):
     text = (DOCS / page).read_text(encoding="utf8")
     # Modules that a page writes must not stay in this process.

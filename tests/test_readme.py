@@ -81,6 +81,8 @@ def test_the_example_in_python_trains_a_student(tmp_path, monkeypatch):
     assert report.summary["diagnosis"] == []
 
 
+# Minutes: one of them trains a teacher, two of them students.
+@pytest.mark.slow
 def test_the_commands_run_in_the_order_of_the_readme(tmp_path):
     for command in commands("vestige"):
         execute(command, tmp_path)

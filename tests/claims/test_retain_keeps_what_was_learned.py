@@ -72,9 +72,8 @@ def teacher() -> nn.Module:
     return vestige.load_teacher("builtin:digits-convnet").eval()
 
 
-@pytest.mark.parametrize(
-    "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_retain_keeps_more_than_replay_with_the_same_memory_and_steps(teacher, seed):
     plain = scores(teacher, seed)
     replay = scores(teacher, seed, meta="none")

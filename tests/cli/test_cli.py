@@ -340,7 +340,8 @@ def test_an_interrupted_run_says_what_will_be_repeated_and_resumes(number, tmp_p
     # Rounds of a few tenths of a second, long enough to be stopped inside one.
     arguments = [
         *("run", "dfad", "--preset", "smoke", *CPU, "--out", "x"),
-        *("--set", "config.rounds=6", "--set", "config.iterations=20"),
+        *("--set", "config.rounds=4", "--set", "config.iterations=20"),
+        *("--set", "config.batch_size=16"),
     ]
     running = process(*arguments, cwd=tmp_path)
     deadline = time.monotonic() + 60
@@ -366,7 +367,7 @@ def test_an_interrupted_run_says_what_will_be_repeated_and_resumes(number, tmp_p
     resumed = process(*arguments, "--resume", cwd=tmp_path)
     out, err = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, err
-    assert json.loads((tmp_path / "x/summary.json").read_text())["steps"] == 720
+    assert json.loads((tmp_path / "x/summary.json").read_text())["steps"] == 480
 
 
 def test_ctrl_c_before_a_run_begins_exits_130_with_a_message(tmp_path, capfd, monkeypatch):

@@ -58,13 +58,16 @@ TINY = {
 }
 # Parts that an arm may leave out, and does so by 0.
 CRAFTING = ("guess_steps", "difficulty_steps")
-DEEP = [
-    *(("asdfd", "gpu"), ("dfad-seg", "gpu"), ("dfad-seg", "paper"), ("mosaickd-seg", "gpu")),
-    *(("udistil-whisper", "gpu"), ("udistil-whisper", "paper")),
-]
+# Networks of full size, and recipes of many arms: from seconds to minutes on two cores.
+DEEP_PRESETS = ("gpu", "paper")
+DEEP = [*(("zerogen-arms", "cpu"), ("udistil-whisper", "cpu"), ("dfad-seg", "camvid"))]
 KINDS = {"text": "text", "speech": "audio"}
 # Of images some methods want more than a few; texts and recordings are read by larger networks.
 FEW_IMAGES, FEW = 64, 12
+
+
+def is_deep(name: str, preset: str) -> bool:
+    return preset in DEEP_PRESETS or (name, preset) in DEEP
 
 
 def writer() -> Callable[[list[str]], list[str]]:
@@ -179,12 +182,7 @@ def test_the_parts_of_a_heap_are_few():
 
 @pytest.mark.parametrize(
     ("name", "preset"),
-    [
-        # ResNet-50 in output stride 8, six layers of BERT for each arm, a Whisper of full width:
-        # minutes on two cores.
-        pytest.param(*case, marks=pytest.mark.slow if case in DEEP else ())
-        for case in PRESETS
-    ],
+    [pytest.param(*case, marks=pytest.mark.slow if is_deep(*case) else ()) for case in PRESETS],
 )
 def test_every_preset_runs_one_round_at_batch_2(
     name: str, preset: str, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
