@@ -243,6 +243,7 @@ class Roster:
             for node in new
         ]
         refused: Counter[str] = Counter()
+        first = ""
         for reply in grid.send_and_receive(messages, timeout=timeout_s):
             node = reply.metadata.src_node_id
             try:
@@ -252,6 +253,7 @@ class Roster:
             except RejectedUpdateError as error:
                 self._strange.add(node)
                 refused[error.reason] += 1
+                first = first or str(error).splitlines()[-1]
                 logger.info("node %d was not let in: %s", node, error)
         told = ", ".join(f"{reason} {number}" for reason, number in refused.items())
         if refused:
@@ -259,7 +261,7 @@ class Roster:
         if not self.nodes:
             raise ProcessError(
                 f"got {len(new)} nodes and none of them could be used ({told or 'no answer'}), "
-                f"expected {self.count} clients; see what their own logs say"
+                f"expected {self.count} clients; the first said: {first or 'nothing'}"
             )
 
     def _let_in(self, node: int, reply: Any) -> None:

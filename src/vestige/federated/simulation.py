@@ -18,9 +18,9 @@ QUIET = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-
-
 _POLL_S = 0.01
+
+logger = logging.getLogger(__name__)
 
 
 def keep_quiet() -> None:
@@ -60,7 +60,12 @@ def on_ray(
     server = ServerApp()
     server.main()(main)
     # "local": without an address Ray would join whatever cluster was last started here.
-    init: dict[str, Any] = {"address": address or "local", "log_to_driver": False}
+    init: dict[str, Any] = {
+        "address": address or "local",
+        "log_to_driver": False,
+        # They warn that the simulation has a thread of its own, and of what is to come in Flower.
+        "logging_level": logging.ERROR,
+    }
     if address is None:
         init["include_dashboard"] = False
 
@@ -83,7 +88,8 @@ def on_ray(
             done.set()
 
     for name in ("flwr", "ray"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logger.info("starting Ray for %d clients, which takes about half a minute", count)
     thread = threading.Thread(target=simulate, name="flower-simulation", daemon=True)
     thread.start()
     try:
