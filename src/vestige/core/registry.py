@@ -4,6 +4,9 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import sys
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -110,8 +113,8 @@ class Registry:
             if not info.name.startswith("_") and not info.ispkg
         }
 
-    def _entry_points(self) -> dict[str, Any]:
-        return {point.name: point for point in entry_points(group=self._group)}
+    def _entry_points(self) -> Mapping[str, Any]:
+        return _offered(entry_points, self._group, tuple(sys.path))
 
     def _class_in(self, module: Any) -> Any:
         found = [
@@ -127,3 +130,9 @@ class Registry:
                 f"expected exactly one {self.kind}"
             )
         return found[0]
+
+
+@lru_cache(maxsize=32)
+def _offered(read: Callable[..., Any], group: str, where: tuple[str, ...]) -> Mapping[str, Any]:
+    """Entry points by name; read once for the folders `where`, since each reading takes 10 ms."""
+    return {point.name: point for point in read(group=group)}
