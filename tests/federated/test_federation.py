@@ -205,6 +205,22 @@ def test_a_fault_of_one_client_is_named_and_the_others_are_averaged(fault, tmp_p
         )
 
 
+@pytest.mark.parametrize(("name", "value"), [("accuracy", 1.5), ("balanced_accuracy", -0.5)])
+def test_a_client_that_claims_what_cannot_be_is_not_counted(name, value, tmp_path, caplog):
+    def judges(message, app):
+        reply = app()
+        if message.metadata.message_type == "evaluate":
+            reply.content["metrics"][name] = value
+        return reply
+
+    clients = federation(PARTS, tmp_path, engine=engine({2: judges}))
+    method = method_on(clients, "fedavg")
+    with caplog.at_level("INFO", logger="vestige"), clients.opened(method):
+        found = clients.judge(method, range(4))
+    assert [update.partition for update in found] == [0, 1, 3]
+    assert f"numbers that cannot be: client 2: got {name} {value}, expected 0 to 1" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -406,7 +422,9 @@ def test_a_node_that_is_no_client_is_not_let_in(change, tmp_path, caplog):
 
 def test_without_any_client_the_run_does_not_begin(tmp_path):
     drop = {node: lambda content: content.pop("metrics") for node in (1, 2, 3, 4)}
-    with pytest.raises(ProcessError, match="none of them could be used .*the first said: ") as told:
+    with pytest.raises(
+        ProcessError, match=r"none of them could be used .*the first said: "
+    ) as told:
         answered(tmp_path, carried=at_door(drop))
     assert "got 4 nodes" in str(told.value)
     assert not str(told.value).endswith("nothing")

@@ -13,7 +13,13 @@ from vestige.federated.records import Expected
 ASK = Ask("train", 3, 2, {}, {}, seed=1)
 MODEL = {"weight": torch.arange(6.0).view(2, 3), "steps": torch.tensor(4)}
 EXPECTED = Expected(
-    "train", 3, 2, {"model": {"weight": (2, 3), "steps": ()}}, {"model": MODEL}, ("loss",), most=9
+    "train",
+    3,
+    2,
+    {"model": {"weight": (2, 3), "steps": ()}},
+    {"model": MODEL},
+    {"loss": 1e9},
+    most=9,
 )
 
 
@@ -136,6 +142,8 @@ def test_the_state_of_a_network_with_batchnorm_keeps_its_dtypes():
         (raw("float32", (2, 3), b""), "arrays that cannot be read"),
         (raw("float32", (2, 3), b"PK\x03\x04"), "arrays that cannot be read"),
         (raw("float32", (2, 3), b"", kind="torch"), "arrays that cannot be read"),
+        (answer(metrics={"loss": -0.1}), "numbers that cannot be"),
+        (answer(metrics={"loss": 2e9}), "numbers that cannot be"),
         (with_record("model", MetricRecord({"weight": 1.0})), "arrays that cannot be read"),
         (with_record("model", ConfigRecord({"weight": "x"})), "arrays that cannot be read"),
         (answer(metrics={"loss": float("nan")}), "numbers that are not finite"),

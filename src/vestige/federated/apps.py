@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EVALUATE, JOIN = "evaluate", "join"
-JUDGED = ("accuracy", "balanced_accuracy")
+# What a client says of a network on its own test examples, and the largest that each can be.
+JUDGED = {"accuracy": 1.0, "balanced_accuracy": 1.0}
 # The data of one client, from its number and the number of all.
 LoadData = Callable[[int, int], ClientData]
 # Of each client that lives in this process, by number, number of all and device: its data, and what

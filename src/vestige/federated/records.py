@@ -10,7 +10,7 @@ refused if it did.
 import io
 import math
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ class Expected:
         partition: of the client that was asked.
         shapes: `expects` of `Clients.ask`.
         like: what was sent; arrays of the same group and name come back with its dtype.
-        numbers: metrics that must be there.
+        numbers: metrics that must be there, each from 0 to what is given.
         most: examples that it may speak for at most; None where that is not known.
     """
 
@@ -54,7 +54,7 @@ class Expected:
     partition: int
     shapes: Shapes = field(default_factory=dict)
     like: Payload = field(default_factory=dict)
-    numbers: Collection[str] = ()
+    numbers: Mapping[str, float] = field(default_factory=dict)
     most: int | None = None
 
 
@@ -170,7 +170,7 @@ def read_answer(content: "RecordDict", expected: Expected, num_classes: int) -> 
     groups = {name: record for name, record in content.items() if name not in (METRICS, REPLY)}
     counts, shapes = groups.pop(COUNTS, None), expected.shapes
     _require(groups.keys() == shapes.keys(), "unexpected keys", who, [*groups], [*shapes])
-    missing = sorted(set(expected.numbers) - metrics.keys())
+    missing = sorted(expected.numbers.keys() - metrics.keys())
     _require(not missing, "unexpected keys", who, [*metrics], [*expected.numbers])
     arrays = {
         group: _checked(group, read_arrays(record), shapes[group], expected)
@@ -182,6 +182,9 @@ def read_answer(content: "RecordDict", expected: Expected, num_classes: int) -> 
         sound = isinstance(value, int | float) and abs(value) <= sys.float_info.max
         _require(sound, "numbers that are not finite", who, name, "finite numbers")
         numbers[name] = float(value)
+    for name, most in expected.numbers.items():
+        sound = 0 <= numbers[name] <= most
+        _require(sound, "numbers that cannot be", who, f"{name} {numbers[name]}", f"0 to {most}")
     return ClientUpdate(who, arrays, examples, _counts(counts, who, num_classes), numbers)
 
 

@@ -6,7 +6,7 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -61,7 +61,7 @@ class Asked:
         nodes: whom, partition by node.
         arrays: the same for each of them.
         expects: as of `Clients.ask`.
-        numbers: metrics that must be there.
+        numbers: metrics that must be there, each from 0 to what is given.
         rejected: by reason, so far.
         began: when, by a clock that only goes on.
     """
@@ -72,7 +72,7 @@ class Asked:
     nodes: dict[int, int]
     arrays: Payload
     expects: Shapes
-    numbers: Collection[str]
+    numbers: Mapping[str, float]
     rejected: Counter[str]
     began: float
 
@@ -117,7 +117,7 @@ class Roster:
         expects: Shapes,
         each: Mapping[int, Payload] | None = None,
         turn: int = 0,
-        numbers: Collection[str] = (),
+        numbers: Mapping[str, float] | None = None,
     ) -> Asked:
         """The messages of one asking.
 
@@ -130,12 +130,20 @@ class Roster:
             expects: likewise.
             each: likewise.
             turn: the how manieth asking of this round, from 0.
-            numbers: metrics that must come back.
+            numbers: metrics that must come back, each from 0 to what is given.
         """
         from flwr.app import Message, RecordDict
 
         asked = Asked(
-            exchange, [], message_type, {}, arrays, expects, numbers, Counter(), time.perf_counter()
+            exchange,
+            [],
+            message_type,
+            {},
+            arrays,
+            expects,
+            numbers or {},
+            Counter(),
+            time.perf_counter(),
         )
         common = {group: records.array_record(values) for group, values in arrays.items()}
         # Counted once: it is the same for every client.
@@ -268,13 +276,13 @@ class Roster:
         if reply.has_error():
             raise RejectedUpdateError("failed", reply.error.reason)
         number = records.partition_of(reply.content)
-        expected = Expected(JOIN, 0, number, numbers=("holds",))
+        expected = Expected(JOIN, 0, number, numbers={"holds": records.MOST})
         holds = records.read_answer(reply.content, expected, self.num_classes).metrics["holds"]
         if not 0 <= number < self.count or self.nodes.get(number, node) != node:
             raise RejectedUpdateError(
                 "another client's number", f"{number} of {self.count}, or taken already"
             )
-        if not 0 <= holds <= records.MOST or holds % 1:
+        if holds % 1:
             raise RejectedUpdateError("examples that cannot be", f"{holds:g}")
         self.nodes[number], self.holds[number] = node, int(holds)
 
