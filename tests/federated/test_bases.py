@@ -279,6 +279,11 @@ def test_counters_of_batchnorm_are_rounded():
     assert weighted_mean(states, [9, 1, 1])["n"].item() == 1
 
 
+def test_masks_stay_masks_as_most_have_them():
+    states = [{"mask": torch.tensor(value)} for value in ([True, True], [True, False], [False] * 2)]
+    assert torch.equal(weighted_mean(states, [1, 1, 1])["mask"], torch.tensor([True, False]))
+
+
 def test_a_state_survives_its_own_mean():
     state = network().state_dict()
     found = weighted_mean([state] * 4, [1, 1, 1, 1])

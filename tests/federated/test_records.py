@@ -11,12 +11,16 @@ from vestige.federated import records
 from vestige.federated.records import Expected
 
 ASK = Ask("train", 3, 2, {}, {}, seed=1)
-MODEL = {"weight": torch.arange(6.0).view(2, 3), "steps": torch.tensor(4)}
+MODEL = {
+    "weight": torch.arange(6.0).view(2, 3),
+    "steps": torch.tensor(4),
+    "mask": torch.tensor([True, False]),
+}
 EXPECTED = Expected(
     "train",
     3,
     2,
-    {"model": {"weight": (2, 3), "steps": ()}},
+    {"model": {"weight": (2, 3), "steps": (), "mask": (2,)}},
     {"model": MODEL},
     {"loss": 1e9},
     most=9,
@@ -84,7 +88,7 @@ def test_an_ask_comes_back_as_it_was_written():
             assert found.dtype == value.dtype
             assert torch.equal(found, value)
             # Training writes into it.
-            found.add_(1)
+            found.zero_()
 
 
 def test_an_answer_comes_back_as_it_was_written():
@@ -138,6 +142,8 @@ def test_the_state_of_a_network_with_batchnorm_keeps_its_dtypes():
         (model(weight=torch.ones(2, 3).bool()), "another dtype"),
         (model(weight=torch.ones(2, 3, dtype=torch.complex64)), "another dtype"),
         (model(steps=torch.tensor(4.0)), "another dtype"),
+        (model(steps=torch.tensor(True)), "another dtype"),
+        (model(mask=torch.tensor([1, 0])), "another dtype"),
         (raw("float32", (2, 3), b"no array"), "arrays that cannot be read"),
         (raw("float32", (2, 3), b""), "arrays that cannot be read"),
         (raw("float32", (2, 3), b"PK\x03\x04"), "arrays that cannot be read"),

@@ -45,6 +45,26 @@ def test_it_is_the_loop(norm, chunk):
     torch.testing.assert_close(some, expected[1:4], atol=1e-5, rtol=0)
 
 
+class Recurrent(nn.Module):
+    """torch has no batched form of its GRU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.head = nn.GRU(8, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.gru(inputs[:, 0])[0][:, -1])
+
+
+def test_what_torch_cannot_batch_is_called_one_after_another():
+    each = [Recurrent().eval() for _ in range(5)]
+    stacked = StackedNetworks(each[0], [one.state_dict() for one in each], chunk=3)
+    inputs = torch.randn(6, *SPEC.shape)
+    for members in (None, range(1, 4)):
+        expected = torch.stack([one(inputs) for one in each])[slice(*(1, 4) if members else (5,))]
+        torch.testing.assert_close(stacked(inputs, members), expected, atol=1e-6, rtol=0)
+
+
 def test_it_neither_learns_nor_looks_at_the_form_it_was_made_from():
     each = networks("batch", 2)
     form = networks("batch", 3)[2].train()

@@ -84,6 +84,11 @@ def test_a_network_without_a_head_is_refused():
             find_head(network, (1, 4, 1) if isinstance(network, Tempered) else (1, 4, 4), 3)
 
 
+def test_a_head_of_another_precision_is_refused():
+    with pytest.raises(RecipeError, match=r"'0', is torch.float64, .* call .float\(\)"):
+        find_head(nn.Sequential(nn.Linear(4, 3)).double(), (4,), 3)
+
+
 def test_stacked_layers_are_a_loop_over_them():
     torch.manual_seed(0)
     layers, inputs = [nn.Linear(5, 3) for _ in range(4)], features(6, 5)

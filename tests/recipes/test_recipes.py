@@ -368,6 +368,21 @@ def test_a_factory_that_makes_no_network_is_named():
         )
 
 
+def test_a_factory_whose_layers_have_no_sizes_yet_is_named():
+    with pytest.raises(
+        RecipeError, match=r"made a LazyLinear whose layers .* shape \(1, 1, 16, 16"
+    ):
+        build(
+            load_recipe(
+                "kd",
+                overrides=[
+                    "student={factory: 'torch.nn:LazyLinear', name: null}",
+                    "student.args={out_features: 10, widths: '!drop'}",
+                ],
+            )
+        )
+
+
 def test_a_recipe_survives_its_own_file_whatever_characters_it_holds() -> None:
     odd = Recipe(method="kd", teacher="a\x85b\u2028c", student={"name": "convnet"})
     assert yaml.safe_load(odd.to_yaml())["teacher"] == odd.teacher

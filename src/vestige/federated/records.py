@@ -182,9 +182,9 @@ def read_answer(content: "RecordDict", expected: Expected, num_classes: int) -> 
         sound = isinstance(value, int | float) and abs(value) <= sys.float_info.max
         _require(sound, "numbers that are not finite", who, name, "finite numbers")
         numbers[name] = float(value)
-    for name, most in expected.numbers.items():
-        sound = 0 <= numbers[name] <= most
-        _require(sound, "numbers that cannot be", who, f"{name} {numbers[name]}", f"0 to {most}")
+    for name, largest in expected.numbers.items():
+        possible, found = 0 <= numbers[name] <= largest, f"{name} {numbers[name]}"
+        _require(possible, "numbers that cannot be", who, found, f"0 to {largest}")
     return ClientUpdate(who, arrays, examples, _counts(counts, who, num_classes), numbers)
 
 
@@ -278,8 +278,11 @@ def _cast(name: str, value: Tensor, like: Tensor | None, who: int) -> Tensor:
 
     Only the precision may differ: what is counted and what is measured do not pass for each other.
     """
-    known = value.is_floating_point() or value.dtype in _INTEGERS
-    same = like is None or value.is_floating_point() == like.is_floating_point()
+    known = value.is_floating_point() or value.dtype in (*_INTEGERS, torch.bool)
+    same = like is None or (
+        value.is_floating_point() == like.is_floating_point()
+        and (value.dtype == torch.bool) == (like.dtype == torch.bool)
+    )
     wanted = "floats or integers" if like is None else like.dtype
     _require(known and same, "another dtype", who, f"{name} {value.dtype}", wanted)
     if like is not None:

@@ -1,6 +1,7 @@
 """Many networks of one form on one batch, and what the clients of a round teach with them."""
 
 import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -13,6 +14,8 @@ from vestige.core.types import predict
 from vestige.federated.labels import class_shares, label_prior, quota_labels, uniform_labels
 from vestige.losses.federated import ensemble_probabilities
 
+logger = logging.getLogger(__name__)
+
 
 class StackedNetworks:
     """Networks of one form, frozen and in eval mode, called together.
@@ -21,7 +24,8 @@ class StackedNetworks:
         network: gives the form; copied, never changed.
         states: of each network; what one lacks (statistics that stay with a client) is the form's.
         chunk: networks that are computed at once, at least 1. More are faster on a GPU and take
-            more memory; 1 calls one after another, also for networks that torch cannot batch.
+            more memory. Networks that torch cannot batch, such as those with a GRU, are called one
+            after another.
         device: where they are to be.
     """
 
@@ -57,7 +61,13 @@ class StackedNetworks:
         state = {name: value[rows] for name, value in self.state.items()}
         if len(members) == 1:
             return answer({name: value[0] for name, value in state.items()})[None]
-        logits: Tensor = torch.func.vmap(answer)(state)
+        try:
+            logits: Tensor = torch.func.vmap(answer)(state)
+        except RuntimeError as error:
+            said = str(error).partition(". ")[0]
+            logger.info("networks of clients are called one after another: %s", said)
+            self.chunk = 1
+            return self(inputs, members)
         return logits
 
 

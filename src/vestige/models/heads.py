@@ -54,7 +54,7 @@ def find_head(
         Its qualified name, and itself.
 
     Raises:
-        RecipeError: there is no such layer.
+        RecipeError: there is no such layer, or it is not of single precision.
     """
     layers = [
         (name, layer)
@@ -69,6 +69,11 @@ def find_head(
             f"logits; {advice}"
         )
     name, head = layers[-1]
+    if head.weight.dtype != torch.float32:
+        raise RecipeError(
+            f"{what} whose last linear layer, {name!r}, is {head.weight.dtype}, expected "
+            "torch.float32 as what is generated for it; call .float() on the network"
+        )
     probe = LinearProbe(network, name)
     with torch.no_grad(), modes.evaluating(network), probe:
         logits = predict(network, next(network.parameters()).new_zeros(1, *shape)).logits

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from vestige.core import seeding
 from vestige.core.protocols import MakesStudents
@@ -47,6 +48,12 @@ def build_student(
         raise RecipeError(
             f"student.factory: {config.factory!r} made a {type(made).__name__}, expected a "
             "torch.nn.Module"
+        )
+    if any(map(is_lazy, made.state_dict().values())):
+        raise RecipeError(
+            f"student.factory: {config.factory!r} made a {type(made).__name__} whose layers do not "
+            "know their sizes yet, expected a whole network; call it once on an input of shape "
+            f"{(1, *spec.shape)} before you return it"
         )
     return made
 
