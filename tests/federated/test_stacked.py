@@ -45,6 +45,27 @@ def test_it_is_the_loop(norm, chunk):
     torch.testing.assert_close(some, expected[1:4], atol=1e-5, rtol=0)
 
 
+class Tied(nn.Module):
+    """Two layers with the same weight, which its state names twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.second(self.first(inputs[:, 0, 0]).relu()).relu())
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_networks_with_shared_weights_share_them(chunk):
+    each = [Tied().eval() for _ in range(3)]
+    stacked = StackedNetworks(each[0], [one.state_dict() for one in each], chunk=chunk)
+    inputs = torch.randn(6, *SPEC.shape)
+    expected = torch.stack([one(inputs) for one in each])
+    torch.testing.assert_close(stacked(inputs), expected, atol=1e-6, rtol=0)
+
+
 class Recurrent(nn.Module):
     """torch has no batched form of its GRU."""
 

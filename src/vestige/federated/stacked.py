@@ -54,7 +54,10 @@ class StackedNetworks:
     def _part(self, inputs: Tensor, members: range) -> Tensor:
         def answer(state: Arrays) -> Tensor:
             return predict(
-                lambda x: torch.func.functional_call(self.form, dict(state), (x,)), inputs
+                lambda x: torch.func.functional_call(
+                    self.form, dict(state), (x,), tie_weights=False
+                ),
+                inputs,
             ).logits
 
         rows = slice(members.start, members.stop)
