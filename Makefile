@@ -14,7 +14,9 @@ EXTRAS := augment,text,speech,diffusion,compress,federated,fair,tune,track,hub,e
 # Tested with these; users name the package alone.
 TRACKERS := wandb==0.31.0 mlflow==3.17.2 trackio==0.43.0
 
-# Byte code is compiled at first import: of torch alone only a fraction is ever imported.
+# Byte code is compiled at first import: of torch alone only a fraction is ever imported. It must be
+# kept then, or each of the hundreds of processes that the tests start would compile it anew.
+export PYTHONDONTWRITEBYTECODE :=
 INSTALL := -m pip --disable-pip-version-check install -qq --no-compile -c constraints.txt
 
 ifneq ($(wildcard .data),)

@@ -60,7 +60,10 @@ TINY = {
 CRAFTING = ("guess_steps", "difficulty_steps")
 # Networks of full size, and recipes of many arms: from seconds to minutes on two cores.
 DEEP_PRESETS = ("gpu", "paper")
-DEEP = [*(("zerogen-arms", "cpu"), ("udistil-whisper", "cpu"), ("dfad-seg", "camvid"))]
+DEEP = [
+    *(("zerogen-arms", "cpu"), ("zerogen-arms", "smoke"), ("udistil-whisper", "cpu")),
+    *(("dfad-seg", "camvid"), ("dfad-seg", "cpu"), ("mosaickd-seg", "cpu")),
+]
 KINDS = {"text": "text", "speech": "audio"}
 # Of images some methods want more than a few; texts and recordings are read by larger networks.
 FEW_IMAGES, FEW = 64, 12
