@@ -89,10 +89,11 @@ def test_an_old_or_absent_package_of_the_base_is_broken_with_its_command(missing
 
 def test_a_missing_extra_has_its_one_command(missing):
     missing(kornia=None)
-    extra = by_name(examine(), "extras")["augment"]
+    facts = examine()
+    extra = by_name(facts, "extras")["augment"]
     assert (extra.state, extra.mend) == ("missing", "pip install 'vestige[augment]'")
     assert "kornia not installed" in extra.found
-    assert works(examine())
+    assert works(facts)
 
 
 def test_an_extra_that_is_installed_and_does_not_import_is_missing(

@@ -1,10 +1,12 @@
 """Recipes as text: YAML that is read strictly, and how layers of it are merged."""
 
+import copy
 import difflib
 import os
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,8 @@ def read_yaml(name_or_path: str | Path) -> dict[str, Any]:
         raise RecipeError(f"{path} has {path.stat().st_size} bytes; a recipe has at most {LARGEST}")
     try:
         text = path.read_text(encoding="utf8")
-        raw = parse(text)
+        # What is read is changed by those who read it.
+        raw = copy.deepcopy(_parsed(text))
     except _NOT_YAML as error:
         if isinstance(error, RecipeError):
             raise RecipeError(f"{path}, {error}") from None
@@ -70,6 +73,12 @@ def parse(text: str) -> Any:
         return loader.construct_document(node)
     finally:
         loader.dispose()
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> Any:
+    """The same for files: a recipe is read for each of its presets and arms, 20 ms at a time."""
+    return parse(text)
 
 
 @dataclass(frozen=True)
