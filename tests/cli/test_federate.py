@@ -296,8 +296,8 @@ def test_too_few_clients_end_a_run_with_a_plain_word(parts):
 
 
 @pytest.mark.slow
-def test_flower_runs_the_app_on_ray(folder, tmp_path):
-    """`flwr run` with 2 clients: server, Ray workers and app processes, on loopback."""
+def test_flower_runs_the_app_on_ray(folder, tmp_path, monkeypatch):
+    """`flwr run` with 2 clients: server, Ray workers and app processes, as in this process."""
     pytest.importorskip("ray")
     with socket.socket() as one, socket.socket() as two:
         one.bind(("127.0.0.1", 0))
@@ -349,7 +349,13 @@ def test_flower_runs_the_app_on_ray(folder, tmp_path):
     assert done.returncode == 0, said
     assert "6 of 6 answers, 0 void rounds" in said
     (out,) = (folder / "results").iterdir()
-    assert read_json(out / "summary.json")["student"]["score"] >= 0.8, said
+    monkeypatch.syspath_prepend(folder)
+    changes = ("config.rounds=3", "config.active=null", "federation.engine=in-process")
+    count = "sources.clients.partition.clients=2"
+    recipe = load_recipe(folder / "my_clients" / "recipe.yaml", overrides=[count, *changes])
+    alone = run_recipe(recipe, tmp_path / "alone")["student"]["score"]
+    # Chance is 0.1.
+    assert read_json(out / "summary.json")["student"]["score"] == alone > 0.3, said
 
 
 def _wait_for(port):

@@ -31,6 +31,7 @@ CLIENTS, ROUNDS = 3, 3
 # SCAFFOLD, so that what stays with a client between two rounds is needed as well.
 CHANGES = (
     f"config.rounds={ROUNDS}",
+    "config.active=null",
     "config.base=scaffold",
     "config.client_momentum=0",
     # Each asking starts a process at each client: the clients test the last network alone.
