@@ -278,11 +278,11 @@ def _cast(name: str, value: Tensor, like: Tensor | None, who: int) -> Tensor:
 
     Only the precision may differ: what is counted and what is measured do not pass for each other.
     """
-    known = value.is_floating_point() or value.dtype in (*_INTEGERS, torch.bool)
-    same = like is None or (
-        value.is_floating_point() == like.is_floating_point()
-        and (value.dtype == torch.bool) == (like.dtype == torch.bool)
-    )
+    known = value.is_floating_point() or value.dtype in _INTEGERS
+    same = like is None or value.is_floating_point() == like.is_floating_point()
+    if like is not None and torch.bool in (value.dtype, like.dtype):
+        # A mask of the network.
+        known, same = True, value.dtype == like.dtype
     wanted = "floats or integers" if like is None else like.dtype
     _require(known and same, "another dtype", who, f"{name} {value.dtype}", wanted)
     if like is not None:
