@@ -10,6 +10,7 @@ import pytest
 from vestige.training.report.page import render
 from vestige.training.report.page_federation import federation_view, size_of
 from vestige.training.report.run_folder import read_run
+from vestige.training.report.tables import result_figures
 
 FOUND: dict[str, Any] = {
     "schema": 1,
@@ -66,7 +67,7 @@ def test_everything_is_told(tmp_path: Path) -> None:
         "Lowest tenth 50.0 %",
         "Spread 20.0 points",
         "Jain’s index 0.924",
-        "Mean of the global network over the last 10 rounds: test accuracy 81.2 %.",
+        "Mean of the global network over the last 10 evaluations: test accuracy 81.2 %.",
         # Sizes 300, 200 and 0; the mix is that of the two that hold any.
         "500 examples, from 0 to 300 at a client, 200 in the middle. 1 client has none.",
         "some of 1.5 classes, as mixed as 1.5 in equal parts; its largest is 75.0 %",
@@ -75,6 +76,32 @@ def test_everything_is_told(tmp_path: Path) -> None:
         "train model 10 106 kB",
     ):
         assert told in page
+
+
+def test_networks_of_the_clients_own_are_not_called_one_student(tmp_path: Path) -> None:
+    summary = {
+        "metric": "accuracy",
+        "result": {"kind": "personal models", "path": "clients"},
+        "student": {"score": 0.9, "best_score": 0.9, "parameters": 1200},
+        "teacher": None,
+        "diagnosis": [],
+        "federated": {"clients": 3},
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    page = shown(tmp_path, FOUND)
+    assert "The clients’ own networks, 1.2k parameters each, reach 90.0 % test accuracy" in page
+    assert "Mean of the clients’ own networks over the last 10 evaluations" in page
+    for absent in ("A student", "Teacher –", "Diagnosis", "the global network"):
+        assert absent not in page, absent
+    figures = dict(result_figures(summary))
+    assert figures["clients' mean accuracy, last step"] == "90.0 %"
+    # One network for all is a student, and has no teacher either.
+    (tmp_path / "summary.json").write_text(
+        json.dumps({**summary, "result": {"kind": "global model", "path": "student.safetensors"}})
+    )
+    page = shown(tmp_path, FOUND)
+    assert "A student with 1.2k parameters reaches 90.0 % test accuracy" in page
+    assert "Mean of the global network" in page
 
 
 def test_rounds_are_summed_and_not_listed(tmp_path: Path) -> None:

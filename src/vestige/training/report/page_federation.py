@@ -36,7 +36,7 @@ def federation_view(run: RunFolder) -> dict[str, Any] | None:
         "leaves": [_leaf(mapping(item)) for item in sequence(found.get("leaves")) if mapping(item)],
         "numbers": ", ".join(_words(item) for item in sequence(found.get("numbers"))),
         "scores": _scores(mapping(found.get("scores"))),
-        "last": _last(mapping(found.get("last_rounds"))),
+        "last": _last(mapping(found.get("last_rounds")), tables.is_personal(run.summary)),
         "accuracies": _accuracies(ends, mapping(found.get("scores"))),
         "lowest": _lowest(ends, table),
     }
@@ -160,8 +160,8 @@ def _score(key: str, value: float) -> str:
     return f"{100 * value:.1f} points" if key == "std" else tables.format_share(value)
 
 
-def _last(found: Mapping[str, Any]) -> str:
-    """The mean of the last rounds in words; it is not picked, as the best of them would be."""
+def _last(found: Mapping[str, Any], personal: bool) -> str:
+    """The mean of the last evaluations in words; it is not picked, as the best of them would be."""
     rounds = number(found.get("rounds"))
     told = [
         f"test {tables.metric_name(str(name))} {tables.format_score(number(value), str(name))}"
@@ -170,8 +170,9 @@ def _last(found: Mapping[str, Any]) -> str:
     ]
     if not told or not math.isfinite(rounds):
         return ""
-    over = f"the last {rounds:.0f} rounds" if rounds != 1 else "the last round"
-    return f"Mean of the global network over {over}: {', '.join(told)}."
+    over = f"the last {rounds:.0f} evaluations" if rounds != 1 else "the last evaluation"
+    whose = "the clients’ own networks" if personal else "the global network"
+    return f"Mean of {whose} over {over}: {', '.join(told)}."
 
 
 def _accuracies(

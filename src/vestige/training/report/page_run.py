@@ -126,9 +126,11 @@ def _sentence(run: RunFolder, headline: ArmRow | None, metric: str) -> str:
         return "This run has no score yet." if run.summary else "This run has no summary yet."
     size = tables.format_size(number(mapping(run.summary.get("student")).get("parameters")))
     who = f"A student with {size} parameters" if size != UNKNOWN else "The student"
-    clauses = [
-        f"{who} reaches {tables.format_score(score, metric)} test {tables.metric_name(metric)}"
-    ]
+    reached = f"{tables.format_score(score, metric)} test {tables.metric_name(metric)}"
+    clauses = [f"{who} reaches {reached}"]
+    if tables.is_personal(run.summary):
+        each = f", {size} parameters each," if size != UNKNOWN else ""
+        clauses = [f"The clients’ own networks{each} reach {reached} in the mean"]
     if math.isfinite(teacher := score_of(run, "teacher")):
         clauses.append(f"its teacher has {tables.format_score(teacher, metric)}")
     if _is_data_free(run, headline):
@@ -176,7 +178,7 @@ def _figures(run: RunFolder, headline: ArmRow | None, metric: str) -> list[dict[
     _, several = tables.input_words(summary)
     figures = [
         (
-            "Student",
+            "Mean of clients" if tables.is_personal(summary) else "Student",
             score,
             tables.format_score(score, metric),
             f"test {tables.metric_name(metric)}, last step" + (f"; {interval}" if interval else ""),
@@ -207,6 +209,9 @@ def _figures(run: RunFolder, headline: ArmRow | None, metric: str) -> list[dict[
         note = "from baseline to reference arm"
         closed = tables.format_share(headline.gap_closed)
         figures.insert(2, ("Gap closed", headline.gap_closed, closed, note))
+    # Clients who learn from one another alone have none, and of a stranger nothing is known.
+    if "teacher" in summary and summary["teacher"] is None:
+        del figures[1]
     if not headline and math.isfinite(best):
         note = "picked on the test set, not a result"
         figures.insert(1, ("Best step", best, tables.format_score(best, metric), note))
@@ -323,8 +328,8 @@ def _verdict(run: RunFolder) -> str:
     """What no finding means: all well, or too short to tell."""
     if _findings(run) or not isinstance(run.summary.get("diagnosis"), list):
         return ""
-    # Without a student there was nothing to measure.
-    if _is_pool(run):
+    # Without a student there was nothing to measure, and with clients no teacher to follow.
+    if _is_pool(run) or run.summary.get("federated"):
         return ""
     rounds = round_count(run)
     if not rounds:

@@ -152,10 +152,11 @@ def result_figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     plugins = [str(plugin) for plugin in sequence(summary.get("plugins"))]
     memory = number(summary.get("peak_memory_mib"))
     result, passes = mapping(summary.get("result")), mapping(summary.get("teacher_passes"))
+    whose = "clients' mean" if is_personal(summary) else "student"
     figures = [
         ("method", " + ".join([method_name(summary), *plugins])),
-        (f"student {name}, last step", format_score(number(student.get("score")), metric)),
-        (f"student {name}, best step", format_score(number(student.get("best_score")), metric)),
+        (f"{whose} {name}, last step", format_score(number(student.get("score")), metric)),
+        (f"{whose} {name}, best step", format_score(number(student.get("best_score")), metric)),
         (f"teacher {name}", format_score(number(teacher.get("score")), metric)),
         ("student parameters", format_size(number(student.get("parameters")))),
         ("teacher parameters", format_size(number(teacher.get("parameters")))),
@@ -172,6 +173,11 @@ def result_figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         names = sorted({record_name(record) for record in records if for_training(record)})
         figures.append(("real data read for training", ", ".join(names) or "none"))
     return [(label, value) for label, value in figures if value != UNKNOWN]
+
+
+def is_personal(summary: Mapping[str, Any]) -> bool:
+    """Whether each client of the run has a network of its own, and the score is their mean."""
+    return mapping(summary.get("result")).get("kind") == "personal models"
 
 
 def for_training(record: object) -> bool:
