@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,14 @@ class Void(DirectClients):
     def ask(self, kind: str, round: int, *args: Any, **named: Any) -> list[ClientUpdate]:
         updates = super().ask(kind, round, *args, **named)
         return updates if round == 0 else []
+
+
+class Countless(DirectClients):
+    """Nobody says how many examples of a class there are."""
+
+    def ask(self, *args: Any, **named: Any) -> list[ClientUpdate]:
+        updates = super().ask(*args, **named)
+        return [replace(update, counts=torch.zeros_like(update.counts)) for update in updates]
 
 
 def network(seed: int = 0, norm: str = "batch") -> nn.Module:
@@ -181,6 +190,14 @@ def test_a_void_round_leaves_everything_as_it_was():
     run(twice)
     for name in ("student", "generator", "averaged"):
         assert same(state_of(once.parts()[name]), state_of(twice.parts()[name]))
+
+
+def test_clients_that_count_nothing_are_averaged_and_teach_nothing():
+    parts = skewed(3, SPEC.shape, 3, each=16)
+    silent, plain = make(clients=Countless(parts)), make(iterations=0)
+    run(silent)
+    run(plain)
+    assert same(state_of(silent.student), state_of(plain.student))
 
 
 # Who teaches what

@@ -191,7 +191,8 @@ class FedFTG:
             self.student.load_state_dict(after)
             self.averaged.load_state_dict(after)
             yield ctx.took("student", mean_loss(updates))
-            if self.cfg.iterations:
+            # Of clients that counted nothing nobody knows whom to believe about what.
+            if self.cfg.iterations and any(update.counts.any() for update in updates):
                 yield from self.fine_tuning(ctx, number, updates)
 
     def fine_tuning(self, ctx: Context, number: int, updates: list[ClientUpdate]) -> Iterator[Step]:
