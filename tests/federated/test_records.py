@@ -149,6 +149,8 @@ def test_the_state_of_a_network_with_batchnorm_keeps_its_dtypes():
         (raw("float32", (2, 3), b"PK\x03\x04"), "arrays that cannot be read"),
         (raw("float32", (2, 3), b"", kind="torch"), "arrays that cannot be read"),
         (answer(metrics={"loss": -0.1}), "numbers that cannot be"),
+        (answer(metrics={"loss": 1.0, "x" * 81: 1.0}), "unexpected keys"),
+        (answer(metrics={"loss": 1.0, **{f"{n}": 1.0 for n in range(100)}}), "unexpected keys"),
         (answer(metrics={"loss": 2e9}), "numbers that cannot be"),
         (with_record("model", MetricRecord({"weight": 1.0})), "arrays that cannot be read"),
         (with_record("model", ConfigRecord({"weight": "x"})), "arrays that cannot be read"),
@@ -156,6 +158,8 @@ def test_the_state_of_a_network_with_batchnorm_keeps_its_dtypes():
         (answer(metrics={"loss": 1.0, "more": float("inf")}), "numbers that are not finite"),
         (changed("metrics", "loss", [1.0, 2.0]), "numbers that are not finite"),
         (changed("metrics", "loss", 10**400), "numbers that are not finite"),
+        # Finite here, and infinite in the single precision of the loss that it would be part of.
+        (answer(metrics={"loss": 1.0, "more": 1e300}), "numbers that are not finite"),
         (answer(counts=(1, 2)), "label counts that do not fit"),
         (answer(counts=(1, 2, -1)), "label counts that do not fit"),
         (answer(counts=(1.0, 2.0, 0.0)), "label counts that do not fit"),

@@ -9,7 +9,6 @@ refused if it did.
 
 import io
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -31,7 +30,10 @@ CONFIG, METRICS, COUNTS, REPLY = "config", "metrics", "label-counts", "reply"
 _OWN = "setting."
 # Above, no count of examples is real, and sums of them would leave the 64 bits.
 MOST = 2**40
-_LONGEST_REASON = 80
+_LONGEST = 80
+_MOST_NUMBERS = 100
+# Of a number beside the arrays: sums of several in single precision stay finite.
+_LARGEST = 1e30
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
@@ -156,7 +158,7 @@ def read_answer(content: "RecordDict", expected: Expected, num_classes: int) -> 
     check_protocol(reply.get("protocol"), f"client {who}")
     if "refused" in reply:
         # By a stranger: no longer than a line, however long it is.
-        said = str(reply["refused"])[:_LONGEST_REASON]
+        said = str(reply["refused"])[:_LONGEST]
         raise RejectedUpdateError(said, f"client {who} refused")
     metrics = dict(content.metric_records.get(METRICS, {}))
     own, examples = metrics.pop("partition-id", None), metrics.pop("num-examples", None)
@@ -176,11 +178,12 @@ def read_answer(content: "RecordDict", expected: Expected, num_classes: int) -> 
         group: _checked(group, read_arrays(record), shapes[group], expected)
         for group, record in groups.items()
     }
+    short = len(metrics) <= _MOST_NUMBERS and all(len(name) <= _LONGEST for name in metrics)
+    _require(short, "unexpected keys", who, f"{len(metrics)} numbers", "some with short names")
     numbers = {}
     for name, value in metrics.items():
-        # An integer may be too large for a float.
-        sound = isinstance(value, int | float) and abs(value) <= sys.float_info.max
-        _require(sound, "numbers that are not finite", who, name, "finite numbers")
+        sound = isinstance(value, int | float) and abs(value) <= _LARGEST
+        _require(sound, "numbers that are not finite", who, name, f"at most {_LARGEST:g}")
         numbers[name] = float(value)
     for name, largest in expected.numbers.items():
         possible, found = 0 <= numbers[name] <= largest, f"{name} {numbers[name]}"
