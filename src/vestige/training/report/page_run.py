@@ -211,7 +211,7 @@ def _figures(run: RunFolder, headline: ArmRow | None, metric: str) -> list[dict[
         figures.insert(2, ("Gap closed", headline.gap_closed, closed, note))
     # Clients who learn from one another alone have none, and of a stranger nothing is known.
     if "teacher" in summary and summary["teacher"] is None:
-        del figures[1]
+        figures = [one for one in figures if one[0] != "Teacher"]
     if not headline and math.isfinite(best):
         note = "picked on the test set, not a result"
         figures.insert(1, ("Best step", best, tables.format_score(best, metric), note))
